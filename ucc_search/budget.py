@@ -1,0 +1,159 @@
+"""Budgets, and the projection of a schedule onto them: whole tokens, never over, nothing left unused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ucc_search.config import BudgetConfig
+from ucc_search.cost import Cost, cost
+from ucc_search.errors import BudgetError
+from ucc_search.interfaces import Components
+from ucc_search.plan import CompressionPlan
+from ucc_search.units import format_macs, format_params, parse_amount
+
+Profile = Callable[[float], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Upper limits on a plan, all of which must hold; integers per image."""
+
+    label: str
+    """As the user wrote the target, for example `macs=50%`."""
+    max_macs: int | None = None
+    max_params: int | None = None
+
+    def holds(self, value: Cost) -> bool:
+        within_macs = self.max_macs is None or value.macs <= self.max_macs
+        return within_macs and (self.max_params is None or value.params <= self.max_params)
+
+
+def budgets(config: BudgetConfig, dense: Cost) -> list[Budget]:
+    """One budget per listed target.
+
+    Raises:
+        BudgetError: a value is neither a percentage nor an amount.
+    """
+    params = None if config.params is None else _limit(config.params, dense.params, "budget.params")
+    if config.macs is not None:
+        return [
+            Budget(f"macs={_text(v)}", _limit(v, dense.macs, "budget.macs"), params) for v in config.macs
+        ]
+    if config.flops is not None:
+        return [
+            Budget(f"flops={_text(v)}", _limit(v, dense.flops, "budget.flops") // 2, params)
+            for v in config.flops
+        ]
+    return [Budget(f"params={_text(config.params)}", None, params)]
+
+
+def _text(value: str | float | None) -> str:
+    return str(value).replace(" ", "")
+
+
+def _limit(value: str | float, dense: int, key: str) -> int:
+    text = str(value).strip()
+    if not text.endswith("%"):
+        return parse_amount(value, key=key)
+    try:
+        percent = float(text[:-1])
+    except ValueError:
+        percent = math.nan
+    if not 0.0 < percent <= 100.0:
+        raise BudgetError(
+            f"{key} is {text!r}, expected a percentage above 0% and up to 100%, or an amount such as 2.1G"
+        )
+    return int(dense * percent / 100.0)
+
+
+def project(
+    plan: CompressionPlan, profile: Profile, budget: Budget, components: Components
+) -> CompressionPlan:
+    """The largest plan of a family of token schedules that meets the budget, filled to the last token.
+
+    The strength is bisected to where the rounded schedule first fits. What is left of the budget is
+    then spent token by token, in the order in which the family itself would give tokens back, until
+    no block can take one more. The result is a pure function of its arguments; a larger budget never
+    gives a cheaper plan, and projecting the result's own ratios again gives the result.
+
+    Args:
+        plan: everything but the tokens.
+        profile: real-valued tokens after each block for a strength from 0 to 1, non-increasing.
+
+    Raises:
+        BudgetError: even the strongest schedule is too expensive.
+    """
+
+    def at(strength: float) -> CompressionPlan:
+        return with_tokens(plan, whole_tokens(profile(strength), plan.shape.tokens))
+
+    def fits(candidate: CompressionPlan) -> bool:
+        return budget.holds(cost(candidate, components))
+
+    strongest = at(1.0)
+    if not fits(strongest):
+        raise unreachable(budget, cost(strongest, components), cost(plan, components))
+    dense = at(0.0)
+    if fits(dense):
+        return dense
+    low, high = 0.0, 1.0  # `low` does not fit, `high` does
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(at(middle)) else (middle, high)
+    return _fill(at(high), profile(high), fits)
+
+
+def with_tokens(plan: CompressionPlan, tokens: Sequence[int]) -> CompressionPlan:
+    """The plan with these tokens; where nothing reads the last block's patches, it cuts none."""
+    if plan.head_tokens_only and len(tokens) > 1:
+        tokens = [*tokens[:-1], tokens[-2]]
+    return plan.replace(tokens_out=list(tokens))
+
+
+def whole_tokens(real: Sequence[float], most: int) -> list[int]:
+    """Rounded to the nearest whole token, at least 1, never growing with depth."""
+    tokens: list[int] = []
+    for value in real:
+        most = min(most, max(1, math.floor(value + 0.5)))
+        tokens.append(most)
+    return tokens
+
+
+def _fill(
+    plan: CompressionPlan, real: Sequence[float], fits: Callable[[CompressionPlan], bool]
+) -> CompressionPlan:
+    """Give single tokens back while any fits; first where the family is nearest to one more."""
+    last = plan.shape.depth - (1 if plan.head_tokens_only else 0)
+    grew = True
+    while grew:
+        grew = False
+        tokens = list(plan.tokens)
+        order = sorted(range(last), key=lambda i: (tokens[i] - real[i], -i))
+        for i in order:
+            before = tokens[i - 1] if i else plan.shape.tokens
+            if tokens[i] >= before:
+                continue
+            tokens[i] += 1
+            candidate = with_tokens(plan, tokens)
+            if fits(candidate):
+                plan, grew = candidate, True
+            else:
+                tokens[i] -= 1
+    return plan
+
+
+def unreachable(budget: Budget, smallest: Cost, dense: Cost) -> BudgetError:
+    """Names the reachable range and what to do."""
+    if budget.max_params is not None and smallest.params > budget.max_params:
+        return BudgetError(
+            f"budget {budget.label}: {format_params(budget.max_params)} is below the smallest plan's "
+            f"{format_params(smallest.params)}; pruning tokens removes no parameters, raise budget.params"
+        )
+    share = 100 * smallest.macs / dense.macs
+    return BudgetError(
+        f"budget {budget.label}: {format_macs(budget.max_macs or 0)} is below the smallest plan's "
+        f"{format_macs(smallest.macs)}; reachable are {share:.1f}% to 100% of {format_macs(dense.macs)}; "
+        "raise the budget or lower space.keep_ratio.low"
+    )

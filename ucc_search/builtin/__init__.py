@@ -1,0 +1,68 @@
+"""The built-in components, registered through the same hooks as any plugin. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+from ucc_search.hookspecs import hookimpl
+from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Scorer
+
+
+@hookimpl
+def ucc_scorers() -> Mapping[str, Callable[..., Scorer]]:
+    from ucc_search.builtin import scorers
+
+    return {
+        "joint": scorers.Joint,
+        "spatial": scorers.Spatial,
+        "spectral": scorers.Spectral,
+        "class_attention": scorers.ClassAttention,
+        "random": scorers.Random,
+    }
+
+
+@hookimpl
+def ucc_aggregators() -> Mapping[str, Callable[..., Aggregator]]:
+    from ucc_search.builtin import aggregators
+
+    return {
+        "host": aggregators.Host,
+        "drop": aggregators.Drop,
+        "fuse": aggregators.Fuse,
+        "bipartite": aggregators.Bipartite,
+    }
+
+
+@hookimpl
+def ucc_cascades() -> Mapping[str, Callable[..., Cascade]]:
+    from ucc_search.builtin import cascades
+
+    return {
+        "per_block": cascades.PerBlock,
+        "constant": cascades.Constant,
+        "geometric": cascades.Geometric,
+        "staged": cascades.Staged,
+        "calibrated": cascades.Calibrated,
+    }
+
+
+@hookimpl
+def ucc_distillers() -> Mapping[str, Callable[..., Distiller]]:
+    from ucc_search.builtin import distillers
+
+    return {
+        "two_level": distillers.TwoLevel,
+        "logits": distillers.Logits,
+        "none": distillers.NoDistillation,
+    }
+
+
+@functools.cache
+def default_components() -> Components:
+    """UCC's scorer, aggregator and cascade."""
+    from ucc_search.builtin.aggregators import Host
+    from ucc_search.builtin.cascades import PerBlock
+    from ucc_search.builtin.scorers import Joint
+
+    return Components(Joint(), Host(), PerBlock())

@@ -1,0 +1,227 @@
+"""Distillers: UCC's two levels, plain logit distillation, and none.
+
+torch is imported inside the functions that need it, so that listing plugins starts without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ucc_search.interfaces import DistillContext, Distiller, Features, Outputs
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class NoDistillation(Distiller):
+    """The task loss alone."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def losses(self, student: Outputs, teacher: Outputs | None, progress: float) -> Mapping[str, Tensor]:
+        return {}
+
+
+class Logits(Distiller):
+    """The teacher's class probabilities as targets: weight * tau^2 * KL(teacher || student).
+
+    Args:
+        weight: factor on the loss.
+        tau: temperature of both softmaxes.
+
+    Reference: Hinton et al. 2015, arXiv:1503.02531.
+    """
+
+    ranges: ClassVar = {"weight": {"low": 0.1, "high": 10.0, "log": True}}
+
+    def __init__(self, weight: float = 0.5, tau: float = 1.0) -> None:
+        _check_weights(weight=weight)
+        if tau <= 0:
+            raise ValueError(f"tau is {tau}, expected a temperature above 0")
+        self.weight, self.tau = weight, tau
+
+    def losses(self, student: Outputs, teacher: Outputs | None, progress: float) -> Mapping[str, Tensor]:
+        assert teacher is not None
+        return {"logits": self.weight * logit_kl(student.logits_BC, teacher.logits_BC, self.tau)}
+
+
+class TwoLevel(Distiller):
+    """UCC's two-level distillation: imitation of shallow tokens and logits, exploration of deep ones.
+
+    Imitation: sum over the shallow blocks of alpha / B * ||phi(F_s) - T F_t||^2, where T mixes the
+    teacher's tokens as the student's tokens were mixed. Exploration: the student's last tokens go
+    back to their places on the grid, further ones are hidden until a share eta is empty, a learned
+    vector fills the gaps, and a small convolutional generator must restore the teacher's tokens
+    there: beta / (eta B) * ||M (G(...) - F_t)||^2. Both squares are summed, not averaged, over
+    tokens and channels, so their weights scale inversely with the size of the model.
+
+    Args:
+        logits: weight of the logit distillation; `tau` is its temperature.
+        imitation: alpha.
+        exploration: beta.
+        mask_ratio: eta, the share of grid sites that is at least hidden.
+        schedule: `parallel` sums all terms throughout; `sequential` imitates until `switch` of the
+            training has passed, then explores.
+        shallow: indices of the blocks to imitate.
+
+    Reference: UCC (Neurocomputing 2024) names the two levels; their form is reconstructed from ViTKD
+    (arXiv:2209.02432: mimicking and generation) and DearKD (arXiv:2204.12997: two stages).
+    """
+
+    ranges: ClassVar = {
+        "logits": {"low": 0.1, "high": 10.0, "log": True},
+        "imitation": {"low": 1e-6, "high": 1e-2, "log": True},
+        "exploration": {"low": 1e-7, "high": 1e-3, "log": True},
+    }
+
+    def __init__(
+        self,
+        logits: float = 0.5,
+        tau: float = 1.0,
+        imitation: float = 3e-5,
+        exploration: float = 3e-6,
+        mask_ratio: float = 0.5,
+        schedule: str = "parallel",
+        switch: float = 0.5,
+        shallow: Sequence[int] = (0, 1),
+    ) -> None:
+        _check_weights(logits=logits, imitation=imitation, exploration=exploration)
+        if not 0.0 < mask_ratio <= 1.0:
+            raise ValueError(f"mask_ratio is {mask_ratio}, expected 0 < mask_ratio <= 1")
+        if schedule not in ("parallel", "sequential"):
+            raise ValueError(f"schedule is {schedule!r}, expected parallel or sequential")
+        self.logits, self.tau = logits, tau
+        self.imitation, self.exploration, self.mask_ratio = imitation, exploration, mask_ratio
+        self.schedule, self.switch, self.shallow = schedule, switch, tuple(shallow)
+
+    def stages(self, progress: float) -> tuple[bool, bool]:
+        """Whether imitation and exploration are on at this share of the training."""
+        if self.schedule == "parallel":
+            return True, True
+        return progress < self.switch, progress >= self.switch
+
+    def blocks(self, context: DistillContext) -> tuple[Sequence[int], Sequence[int]]:
+        shallow = self._shallow(context)
+        return (*shallow, self._deep(context)), (*shallow, context.teacher.depth - 1)
+
+    def _shallow(self, context: DistillContext) -> tuple[int, ...]:
+        return tuple(i for i in self.shallow if i < self._deep(context))
+
+    def _deep(self, context: DistillContext) -> int:
+        """The student's last block that still has patch tokens."""
+        return context.student.shape.depth - (2 if context.student.head_tokens_only else 1)
+
+    def build(self, context: DistillContext) -> nn.Module:
+        return _two_level_losses(self, context, self._shallow(context), self._deep(context))
+
+
+def logit_kl(student_BC: Tensor, teacher_BC: Tensor, tau: float = 1.0) -> Tensor:
+    """tau^2 * KL(softmax(teacher / tau) || softmax(student / tau)) in nats, mean over the batch."""
+    student = (student_BC.float() / tau).log_softmax(dim=-1)
+    teacher = (teacher_BC.float() / tau).log_softmax(dim=-1)
+    return tau**2 * (teacher.exp() * (teacher - student)).sum(dim=-1).mean()
+
+
+def _check_weights(**weights: float) -> None:
+    for name, value in weights.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}, expected a loss weight of 0 or more")
+
+
+def _two_level_losses(
+    settings: TwoLevel, context: DistillContext, shallow: Sequence[int], deep: int
+) -> nn.Module:
+    import torch
+    from torch import nn
+
+    narrow, wide = context.student.embed_dim, context.teacher.embed_dim
+
+    def adapter() -> nn.Module:
+        return nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
+
+    class TwoLevelLosses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.imitate = nn.ModuleDict({str(i): adapter() for i in shallow})
+            self.explore = adapter()
+            self.mask_token = nn.Parameter(torch.zeros(wide))
+            self.generator = nn.Sequential(
+                nn.Conv2d(wide, wide, 3, padding=1), nn.ReLU(), nn.Conv2d(wide, wide, 3, padding=1)
+            )
+
+        def forward(self, student: Outputs, teacher: Outputs, progress: float) -> dict[str, Tensor]:
+            imitating, exploring = settings.stages(progress)
+            # Every term stays in the graph, at weight zero when off: with several workers each
+            # parameter must take part in every step.
+            terms = {
+                "logits": settings.logits * imitating * logit_kl(student.logits_BC, teacher.logits_BC, settings.tau),
+                "exploration": settings.exploration * exploring * self._exploration(student, teacher),
+            }
+            if shallow:
+                terms["imitation"] = settings.imitation * imitating * self._imitation(student, teacher)
+            return terms
+
+        def _imitation(self, student: Outputs, teacher: Outputs) -> Tensor:
+            total = student.logits_BC.new_zeros(())
+            for i in shallow:
+                own, theirs = student.blocks[i], _patches(teacher.blocks[i]).detach()
+                if own.compose_BRN is not None:
+                    theirs = own.compose_BRN.detach().to(theirs.dtype) @ theirs
+                difference = self.imitate[str(i)](_patches(own)) - theirs
+                total = total + difference.float().pow(2).sum() / len(theirs)
+            return total
+
+        def _exploration(self, student: Outputs, teacher: Outputs) -> Tensor:
+            own, theirs = student.blocks[deep], _patches(teacher.blocks[context.teacher.depth - 1]).detach()
+            tokens_BRD = self.explore(_patches(own))
+            position_BR = _positions(own)
+            sites_BN1, filled_BND = hide(
+                tokens_BRD, position_BR, theirs.shape[1], settings.mask_ratio, self.mask_token
+            )
+            rows, columns = context.teacher.grid
+            image = filled_BND.transpose(1, 2).unflatten(2, (rows, columns))
+            restored_BND = self.generator(image).flatten(2).transpose(1, 2)
+            error = (sites_BN1 * (restored_BND - theirs)).float().pow(2).sum()
+            return error / (settings.mask_ratio * len(theirs))
+
+    return TwoLevelLosses()
+
+
+def hide(
+    tokens_BRD: Tensor, position_BR: Tensor, sites: int, mask_ratio: float, mask_token_D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens back on the grid, with at least `mask_ratio` of its sites empty and filled by a vector.
+
+    Returns:
+        hidden_BN1: 1 where the site is empty, else 0.
+        filled_BND: the grid.
+    """
+    import torch
+
+    batch, remaining, dim = tokens_BRD.shape
+    extra = max(0, math.ceil(mask_ratio * sites) - (sites - remaining))
+    order_BR = torch.rand(batch, remaining, device=tokens_BRD.device).argsort(dim=1)
+    shown_BR1 = (order_BR >= extra).to(tokens_BRD.dtype)[..., None]
+    index_BR1 = position_BR[..., None]
+    shown_BN1 = tokens_BRD.new_zeros(batch, sites, 1).scatter(1, index_BR1, shown_BR1)
+    grid_BND = tokens_BRD.new_zeros(batch, sites, dim).scatter(
+        1, index_BR1.expand(-1, -1, dim), tokens_BRD * shown_BR1
+    )
+    hidden_BN1 = 1 - shown_BN1
+    return hidden_BN1, grid_BND + hidden_BN1 * mask_token_D.to(tokens_BRD.dtype)
+
+
+def _patches(features: Features) -> Any:
+    return features.x_BTD[:, features.prefix :]
+
+
+def _positions(features: Features) -> Any:
+    if features.position_BN is not None:
+        return features.position_BN
+    import torch
+
+    x = features.x_BTD
+    count = x.shape[1] - features.prefix
+    return torch.arange(count, device=x.device).expand(x.shape[0], count)

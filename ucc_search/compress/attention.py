@@ -1,0 +1,67 @@
+"""Attention with free widths that also shows its queries, keys and values to a scorer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from torch import Tensor, nn
+
+
+class Attended(NamedTuple):
+    """What one attention layer computed."""
+
+    out_BQD: Tensor  # Q queries: all tokens, or the leading ones alone
+    q_BHQK: Tensor
+    k_BHTK: Tensor
+    v_BHTV: Tensor
+    map_BHQT: Tensor | None
+
+
+class CompressedAttention(nn.Module):
+    """timm's `Attention` with separate query/key and value widths; parameter names are timm's.
+
+    Args:
+        attention: the dense layer, whose parameters are taken over.
+        queries: form queries for this many leading tokens only; None for all.
+    """
+
+    def __init__(self, attention: Attention, *, queries: int | None = None) -> None:
+        super().__init__()
+        self.heads = attention.num_heads
+        self.qk_dim = self.v_dim = attention.head_dim
+        self.scale = attention.scale  # a number of its own: stays that of the dense head when widths fall
+        self.queries = queries
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
+        self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
+
+    def forward(self, x_BTD: Tensor, *, need_map: bool = False, key_bias_BT: Tensor | None = None) -> Attended:
+        q, k, v = self._project(x_BTD)
+        bias = None if key_bias_BT is None else key_bias_BT[:, None, None, :].to(q.dtype)
+        if need_map:
+            logits = (q * self.scale) @ k.transpose(-2, -1)
+            attn = (logits if bias is None else logits + bias).softmax(dim=-1)
+            mixed = self.attn_drop(attn) @ v
+        else:
+            attn = None
+            dropout = self.attn_drop.p if self.training else 0.0
+            mixed = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale
+            )
+        out = self.norm(mixed.transpose(1, 2).flatten(2))
+        return Attended(self.proj_drop(self.proj(out)), q, k, v, attn)
+
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        width = self.heads * self.qk_dim
+        sizes = [width, width, self.heads * self.v_dim]
+        if self.queries is None:
+            q, k, v = self.qkv(x_BTD).split(sizes, dim=-1)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+            q = F.linear(x_BTD[:, : self.queries], weight[:width], q_bias)
+            k, v = F.linear(x_BTD, weight[width:], kv_bias).split(sizes[1:], dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return self.q_norm(q), self.k_norm(k), v

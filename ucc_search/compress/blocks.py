@@ -1,0 +1,144 @@
+"""The seam into timm: blocks that score and reduce tokens, and the sequence that carries their state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from ucc_search.compress.attention import Attended, CompressedAttention
+from ucc_search.compress.tokens import TokenState, gather_rows, initial_state, reduce_tokens
+from ucc_search.interfaces import Components, Site, TokenView
+
+
+class CompressedBlock(nn.Module):
+    """A timm `Block` that may score its patch tokens after attention and hand fewer to its MLP.
+
+    Args:
+        block: the dense block, whose submodules are taken over under their names.
+        components: scorer, aggregator and cascade.
+        site: where tokens are scored; None if this block only saves work on unread tokens.
+        prefix: prefix tokens.
+        head_tokens: compute queries, projection and MLP for this many leading tokens only.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        components: Components,
+        site: Site | None,
+        *,
+        prefix: int,
+        class_token: bool,
+        grid: tuple[int, int],
+        head_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1, self.ls1, self.drop_path1 = block.norm1, block.ls1, block.drop_path1
+        self.attn = CompressedAttention(block.attn, queries=head_tokens)
+        self.norm2, self.mlp, self.ls2, self.drop_path2 = block.norm2, block.mlp, block.ls2, block.drop_path2
+        self.prefix, self.class_token, self.grid = prefix, class_token, grid
+        self.head_tokens = head_tokens
+        self.components = components
+        self.tokens_out = site.tokens_out if site else None
+        scores = site is not None and components.aggregator.needs_scores
+        self.scorer = components.scorer.build(site) if scores and site else None
+
+    def forward(self, x_BTD: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        attended = self.attn(
+            self.norm1(x_BTD), need_map=self._needs_map(x_BTD), key_bias_BT=self._size_bias(state)
+        )
+        x = x_BTD if self.head_tokens is None else x_BTD[:, : self.head_tokens]
+        x = x + self.drop_path1(self.ls1(attended.out_BQD))
+        if self.tokens_out is not None:
+            x, state = self._reduce(x, attended, state)
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x, state
+
+    def _needs_map(self, x_BTD: Tensor) -> bool:
+        return self.scorer is not None and self.components.scorer.needs_attention
+
+    def _size_bias(self, state: TokenState) -> Tensor | None:
+        """Log of each token's size on the attention logits (ToMe, section 3.2); prefix tokens count one."""
+        if not self.components.aggregator.proportional_attention:
+            return None
+        ones = state.size_BN.new_ones(state.size_BN.shape[0], self.prefix)
+        return torch.cat([ones, state.size_BN], dim=1).log()
+
+    def _reduce(self, x_BTD: Tensor, attended: Attended, state: TokenState) -> tuple[Tensor, TokenState]:
+        aggregator, cascade = self.components.aggregator, self.components.cascade
+        assert self.tokens_out is not None
+        keys = attended.k_BHTK
+        view = self._view(x_BTD, attended, keys, state)
+        if self.scorer is not None:
+            score_BN = cascade.accumulate(state.score_BN, self.scorer(view).float())
+            state = state._replace(score_BN=score_BN)
+        # Bipartite merging halves at most, so a deep cut takes several rounds; their number is static.
+        while x_BTD.shape[1] - self.prefix > self.tokens_out:
+            assignment = aggregator.assign(view, state.score_BN, self.tokens_out)
+            patches, state = reduce_tokens(
+                x_BTD[:, self.prefix :], state, assignment, absorb_scores=aggregator.absorb_scores
+            )
+            x_BTD = torch.cat([x_BTD[:, : self.prefix], patches], dim=1)
+            if patches.shape[1] > self.tokens_out:
+                keys = self._kept_keys(keys, assignment.keep_BR)
+                view = self._view(x_BTD, attended, keys, state)
+        return x_BTD, state
+
+    def _kept_keys(self, k_BHTK: Tensor, keep_BR: Tensor) -> Tensor:
+        patches = k_BHTK[:, :, self.prefix :].transpose(1, 2).flatten(2)
+        kept = gather_rows(patches, keep_BR).unflatten(-1, (k_BHTK.shape[1], -1)).transpose(1, 2)
+        return torch.cat([k_BHTK[:, :, : self.prefix], kept], dim=2)
+
+    def _view(self, x_BTD: Tensor, attended: Attended, k_BHTK: Tensor, state: TokenState) -> TokenView:
+        return TokenView(
+            x_BTD,
+            attended.q_BHQK,
+            k_BHTK,
+            attended.v_BHTV,
+            attended.map_BHQT,
+            self.attn.scale,
+            self.prefix,
+            self.class_token,
+            state.position_BN,
+            state.size_BN,
+            self.grid,
+        )
+
+
+class CascadeBlocks(nn.Sequential):
+    """The blocks of a compressed model; hands the token state from block to block as a value.
+
+    Args:
+        blocks: timm's own blocks where nothing changes, `CompressedBlock` elsewhere.
+        prefix: prefix tokens.
+        restore: give every original patch its token back at the end, so that average pooling
+            weighs merged tokens by the patches they stand for.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], *, prefix: int, restore: bool) -> None:
+        super().__init__(*blocks)
+        self.prefix, self.restore = prefix, restore
+        self.trace = False
+        """Keep the composition of every token; set while a distiller or a picture needs it."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        state = initial_state(x_BTD[:, self.prefix :], owners=self.restore, trace=self.trace)
+        for block in self:
+            if isinstance(block, CompressedBlock):
+                x_BTD, state = block(x_BTD, state)
+            else:
+                x_BTD = block(x_BTD)
+        if self.restore and state.owner_BO is not None:
+            patches = gather_rows(x_BTD[:, self.prefix :], state.owner_BO)
+            x_BTD = torch.cat([x_BTD[:, : self.prefix], patches], dim=1)
+        return x_BTD
+
+
+def set_tokens(model: nn.Module, tokens: Sequence[int]) -> None:
+    """Change the patch tokens after each reducing block, for keep ratios that anneal in training."""
+    for block, count in zip(model.blocks, tokens, strict=True):
+        if isinstance(block, CompressedBlock) and block.tokens_out is not None:
+            block.tokens_out = count

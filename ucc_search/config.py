@@ -1,0 +1,407 @@
+"""The space file: YAML plus `--set` overrides, validated into frozen models. The only YAML reader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ucc_search.errors import ConfigError, did_you_mean
+from ucc_search.interfaces import ComponentRef
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Range(_Frozen):
+    """One searched number: `{low, high}` with optional `log` or `step`, or `{choices: [...]}`."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    step: float | None = None
+    choices: tuple[Any, ...] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Range:
+        if self.choices is not None:
+            if not self.choices or self.low is not None or self.high is not None:
+                raise ValueError("give either a non-empty `choices` or `low` and `high`")
+        elif self.low is None or self.high is None or not self.low <= self.high:
+            raise ValueError(f"needs low <= high, got low={self.low} high={self.high}")
+        elif self.log and self.low <= 0:
+            raise ValueError(f"a log range needs low > 0, got {self.low}")
+        return self
+
+
+class KeepRatio(_Frozen):
+    """Fraction of the arriving patch tokens that a block keeps; one searched number per block."""
+
+    low: float = 0.3
+    high: float = 1.0
+
+    @model_validator(mode="after")
+    def _inside(self) -> KeepRatio:
+        for name in ("low", "high"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, expected 0 < keep_ratio <= 1 "
+                    "(the fraction of patch tokens a block keeps)"
+                )
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low} and high is {self.high}, expected low < high")
+        return self
+
+
+def _component_list(value: Any) -> Any:
+    entries = value if isinstance(value, list | tuple) else [value]
+    if not entries:
+        raise ValueError("is empty, expected a component name")
+    refs = []
+    for entry in entries:
+        if isinstance(entry, ComponentRef):
+            refs.append(entry)
+            continue
+        mapping = {"name": entry} if isinstance(entry, str) else entry
+        if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
+            raise ValueError(f"got {entry!r}, expected a component name or a mapping with `name`")
+        params = {k: v for k, v in mapping.items() if k != "name"}
+        refs.append(ComponentRef(mapping["name"], params))
+    return tuple(refs)
+
+
+Choices = Annotated[tuple[ComponentRef, ...], BeforeValidator(_component_list)]
+
+
+class ComponentChoices(_Frozen):
+    """Which plugins may be used; where several are listed, the choice is searched."""
+
+    scorer: Choices = (ComponentRef("joint"),)
+    aggregator: Choices = (ComponentRef("host"),)
+    cascade: Choices = (ComponentRef("per_block"),)
+    distiller: Choices = (ComponentRef("two_level"),)
+
+
+class SpaceConfig(ComponentChoices):
+    """What the search may change."""
+
+    keep_ratio: KeepRatio = KeepRatio()
+    head_tokens_only: bool = True
+    """Spare the last block's work on tokens the head does not read (exact; see the plan)."""
+
+
+class Baseline(ComponentChoices):
+    """One fixed method, measured at every budget with the same training as the search's candidates."""
+
+    name: str
+    scorer: Choices = (ComponentRef("random"),)
+    aggregator: Choices = (ComponentRef("drop"),)
+    cascade: Choices = (ComponentRef("geometric"),)
+    distiller: Choices = (ComponentRef("logits"),)
+
+    @model_validator(mode="after")
+    def _fixed(self) -> Baseline:
+        for kind in ("scorer", "aggregator", "cascade", "distiller"):
+            refs = getattr(self, kind)
+            searched = [k for ref in refs for k, v in ref.params.items() if isinstance(v, Mapping)]
+            if len(refs) > 1 or searched:
+                raise ValueError(f"{kind} of a baseline must be one component with fixed parameters")
+        return self
+
+
+class ModelConfig(_Frozen):
+    """The model to compress; it is also the teacher."""
+
+    name: str
+    """A timm name, or the reference model `small_vit`."""
+    args: Mapping[str, Any] = Field(default_factory=dict)
+    """Passed to the model's constructor, for example img_size, patch_size, embed_dim, depth."""
+    pretrained: bool = False
+    checkpoint: str | None = None
+    """A .safetensors file, a .pth/.pt file (read with weights_only) or a folder of `train-teacher`;
+    `auto` trains a teacher on first use by `teacher:` and caches it."""
+
+
+class DataConfig(_Frozen):
+    """Where images come from and how they are split."""
+
+    name: str
+    """digits, fashion-mnist, folder:PATH, torchvision:NAME or hf:NAME."""
+    root: str | None = None
+    select: float = Field(0.1, gt=0.0, lt=1.0)
+    """Share of the training split that is held out for selection, never trained on."""
+    calibration: int = Field(1000, ge=1)
+    """Images of the selection split used by zero-shot evaluation and calibrated schedules."""
+    image_size: int | None = Field(None, ge=1)
+    limit_train: int | None = Field(None, ge=1)
+    loader_workers: int = Field(0, ge=0)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class OptimizerConfig(_Frozen):
+    """Passed through to DeepSpeed (type and params), or to torch.optim under the plain engine."""
+
+    type: Literal["AdamW", "Adam", "SGD"] = "AdamW"
+    lr: float = Field(1e-3, gt=0.0)
+    weight_decay: float = Field(0.05, ge=0.0)
+    params: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class ScheduleConfig(_Frozen):
+    """Learning rate over the run: linear warm-up, then cosine to `min_lr` (or constant)."""
+
+    type: Literal["cosine", "constant"] = "cosine"
+    warmup: float = Field(0.1, ge=0.0, lt=1.0)
+    """Share of all steps."""
+    min_lr: float = Field(1e-6, ge=0.0)
+
+
+class AugmentConfig(_Frozen):
+    """Augmentation of training images; on tensors, in batches."""
+
+    crop_padding: int = Field(0, ge=0)
+    flip: bool = False
+    erase: float = Field(0.0, ge=0.0, le=1.0)
+    mixup: float = Field(0.0, ge=0.0)
+    cutmix: float = Field(0.0, ge=0.0)
+
+
+class AnnealConfig(_Frozen):
+    """Keep ratios move by a cosine from 1 to the plan between these shares of training (EViT)."""
+
+    start: float = Field(0.0, ge=0.0, le=1.0)
+    end: float = Field(0.3, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AnnealConfig:
+        if self.start > self.end:
+            raise ValueError(f"start is {self.start} and end is {self.end}, expected start <= end")
+        return self
+
+
+class TrainConfig(_Frozen):
+    """How a model is trained, candidates and teachers alike."""
+
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    epochs: float | None = Field(None, gt=0.0)
+    steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(96, ge=1)
+    """Images per optimiser step over all workers and accumulation rounds."""
+    gradient_accumulation: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1)
+    """Processes that train one candidate together."""
+    zero_stage: Literal[0, 1, 2] = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    deepspeed: Mapping[str, Any] = Field(default_factory=dict)
+    """More keys for DeepSpeed's own configuration, passed through."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    augment: AugmentConfig = AugmentConfig()
+    anneal: AnnealConfig | None = None
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    clip_grad: float | None = Field(None, gt=0.0)
+    ema: float | None = Field(None, gt=0.0, lt=1.0)
+    """Decay of an exponential moving average of the weights, which is then what is evaluated."""
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either `epochs` or `steps`")
+        per_round = self.workers * self.gradient_accumulation
+        if self.batch_size % per_round:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, expected a multiple of "
+                f"workers x gradient_accumulation = {per_round}"
+            )
+        return self
+
+    def total_steps(self, images: int) -> int:
+        """Optimiser steps of the whole run over a training split of this many images."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs * (images // self.batch_size or 1)))
+
+
+class SearchConfig(_Frozen):
+    """How much is tried, and what is promoted."""
+
+    trials: int = Field(40, ge=1)
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: int = 0
+    fidelity: Literal["zero-shot", "train"] = "zero-shot"
+    """What one trial of the search measures; with `zero-shot` the best are trained afterwards."""
+    promote: int = Field(1, ge=0)
+    """Zero-shot trials trained afterwards, per budget and set of components."""
+    seeds: tuple[int, ...] = (0,)
+    """Each trained candidate is trained once per seed."""
+    concurrency: int | None = Field(None, ge=1)
+    """Trials at a time; the default is one per CPU core, or per GPU."""
+    gpus_per_trial: float = Field(0.0, ge=0.0)
+
+    @field_validator("seeds")
+    @classmethod
+    def _some(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError(f"got {list(seeds)}, expected one or more different integers")
+        return seeds
+
+
+def _budget_list(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Targets = Annotated[tuple[str | float, ...], BeforeValidator(_budget_list)]
+
+
+class BudgetConfig(_Frozen):
+    """Upper limits, ANDed; `macs` (or `flops`) may list several targets, each searched in turn.
+
+    A value is a percentage of the uncompressed model ("50%") or absolute ("2.1G", 4500000000).
+    """
+
+    macs: Targets | None = None
+    flops: Targets | None = None
+    params: str | float | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetConfig:
+        if self.macs is not None and self.flops is not None:
+            raise ValueError("give `macs` or `flops`, not both (1 MAC is 2 FLOPs)")
+        if self.macs is None and self.flops is None and self.params is None:
+            raise ValueError("needs at least one of macs, flops, params")
+        return self
+
+
+class RunConfig(_Frozen):
+    """One whole space file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    model: ModelConfig
+    data: DataConfig
+    budget: BudgetConfig
+    space: SpaceConfig = SpaceConfig()
+    search: SearchConfig = SearchConfig()
+    train: TrainConfig = TrainConfig(epochs=1.0)
+    teacher: TrainConfig | None = None
+    """How `train-teacher` (or `checkpoint: auto`) trains the model first."""
+    baselines: tuple[Baseline, ...] = ()
+    plugins: tuple[str, ...] = ()
+
+    @field_validator("baselines")
+    @classmethod
+    def _distinct(cls, baselines: tuple[Baseline, ...]) -> tuple[Baseline, ...]:
+        names = [b.name for b in baselines]
+        if len(set(names)) != len(names):
+            raise ValueError(f"baselines need different names, got {names}")
+        return baselines
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a space file and apply `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: one sentence with the file, the key, what came and what is allowed.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
+        raise ConfigError(f"{path}: no such file{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}: not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(RunConfig.model_fields)}")
+    for override in overrides:
+        _override(data, override)
+    return parse_config(data, source=str(path))
+
+
+def parse_config(data: Mapping[str, Any], *, source: str = "config") -> RunConfig:
+    """Validate a mapping as a run's configuration."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
+    return yaml.safe_dump(_plain(config.model_dump(mode="python")), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ComponentRef):
+        return _plain(value.to_dict())
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r}: expected key=value, for example search.trials=20")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: the value is not valid YAML") from None
+    *parents, leaf = key.strip().split(".")
+    node = data
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {text!r}: {part!r} is not a section")
+        node = child
+    node[leaf] = parsed
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
+    key = ".".join(location) or "the file"
+    if problem["type"] == "extra_forbidden":
+        allowed = _allowed_keys(problem["loc"][:-1])
+        return (
+            f"{source}: unknown key {key!r}{did_you_mean(location[-1], allowed)}"
+            f" (allowed here: {', '.join(allowed)})"
+        )
+    if problem["type"] == "missing":
+        return f"{source}: the key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{source}: {key}: {message}"
+    return f"{source}: {key} is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _allowed_keys(location: Sequence[Any]) -> list[str]:
+    """Field names of the model at this place, following annotations through optionals and tuples."""
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(str(part))
+        nested = _models_in(field.annotation) if field else []
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]

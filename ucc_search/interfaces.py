@@ -1,0 +1,262 @@
+"""What plugins implement. Importing this module imports no torch.
+
+Shape suffixes: B batch, N patch tokens arriving, R kept, P pruned, T prefix plus patch tokens,
+H heads, K query/key width, D embedding.
+
+A component is constructed once per model from the parameters in the space file, so its constructor
+names its parameters and checks them. Anything that needs weights or buffers of its own returns an
+`nn.Module` from `build`; the framework registers it in the block and trains it with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from ucc_search.plan import CompressionPlan, ModelShape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place where tokens are scored, and usually reduced: between a block's attention and MLP."""
+
+    block: int
+    tokens_in: int  # patch tokens
+    tokens_out: int
+    prefix_tokens: int
+    class_token: bool
+    dim: int
+    heads: int
+    qk_dim: int
+    v_dim: int
+    depth: int
+    grid: tuple[int, int]
+
+
+class TokenView(NamedTuple):
+    """What a scorer or aggregator may look at, at one site."""
+
+    x_BTD: Tensor  # tokens after attention and residual; prefix tokens first
+    q_BHTK: Tensor  # queries of this block's attention
+    k_BHTK: Tensor  # keys
+    v_BHTK: Tensor  # values
+    attn_BHTT: Tensor | None  # softmax attention, present where the scorer sets `needs_attention`
+    scale: float  # factor on the attention logits
+    prefix: int  # number of prefix tokens; they are never scored
+    class_token: bool
+    position_BN: Tensor  # original index of each patch token, row-major on `grid`
+    size_BN: Tensor  # original patches each token stands for
+    grid: tuple[int, int]
+
+    @property
+    def patches_BND(self) -> Tensor:
+        """The patch tokens, without the prefix."""
+        return self.x_BTD[:, self.prefix :]
+
+
+class Assignment(NamedTuple):
+    """Which patch tokens stay, and where those that go are added.
+
+    The token kept at r becomes (self_r x_r + sum of weight_p x_p) / (self_r + sum of weight_p),
+    summed over the pruned p whose host is r. `keep` ascends, so that order on the grid survives.
+    """
+
+    keep_BR: Tensor  # int64 indices into the N patch tokens
+    prune_BP: Tensor  # int64 indices; R + P = N
+    host_BP: Tensor | None = None  # int64 indices into R; None: pruned tokens are dropped
+    weight_BP: Tensor | None = None  # non-negative
+    self_BR: Tensor | None = None  # positive
+
+
+class Component:
+    """Base of everything a hook hands out."""
+
+    ranges: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Search ranges of constructor parameters, as a space file writes them: {"low": .., "high": ..}."""
+
+
+class Scorer(Component):
+    """Scores patch tokens; tokens with higher scores are kept."""
+
+    needs_attention: ClassVar[bool] = False
+    """True: the block forms its whole attention map and hands it over (not fused, in that block)."""
+    needs_class_token: ClassVar[bool] = False
+
+    def macs(self, site: Site) -> int:
+        """MACs for one image at `site`, counted as in `ucc_search.cost`."""
+        return 0
+
+    def params(self, site: Site) -> int:
+        """Parameters added to the model at `site` (those of the module `build` returns)."""
+        return 0
+
+    def build(self, site: Site) -> Callable[[TokenView], Tensor] | nn.Module:
+        """What computes the scores at `site`; an `nn.Module` if it has parameters."""
+        return self.score
+
+    def score(self, view: TokenView) -> Tensor:
+        """scores_BN, finite, larger is kept; called inside the model's forward."""
+        raise NotImplementedError(f"{type(self).__name__} must define score(view) or build(site)")
+
+
+class Aggregator(Component):
+    """Decides which tokens stay and what becomes of the others."""
+
+    needs_scores: ClassVar[bool] = True
+    merges: ClassVar[bool] = True
+    """True: kept tokens stand for the pruned ones, so average pooling weighs them by size."""
+    absorb_scores: ClassVar[bool] = True
+    """True: a host's cumulative score grows by the weighted scores of what it takes in."""
+    proportional_attention: ClassVar[bool] = False
+    """True: attention logits get the log of each token's size (ToMe, section 3.2)."""
+
+    def macs(self, site: Site) -> int:
+        """MACs for one image at `site`."""
+        return 0
+
+    def assign(self, view: TokenView, scores_BN: Tensor | None, keep: int) -> Assignment:
+        """Choose `keep` tokens (at least; the framework asks again until the count is reached)."""
+        raise NotImplementedError(f"{type(self).__name__} must define assign(view, scores_BN, keep)")
+
+
+class ScheduleRequest(NamedTuple):
+    """What a cascade may know when it makes a schedule."""
+
+    shape: ModelShape
+    keep_ratios: Sequence[float] | None = None
+    """Per-block keep ratios proposed by the search (tokens after / tokens before each block)."""
+    min_keep: float = 0.0
+    """No block may keep a smaller fraction of what it receives."""
+    evaluate: Callable[[Sequence[int]], float] | None = None
+    """Accuracy (0 to 1) on calibration images of the model with these tokens after each block."""
+
+
+class Cascade(Component):
+    """The token schedule over depth, and how scores accumulate along it.
+
+    Args:
+        gamma: how much of the accumulated score survives into the next block; 0 scores every
+            block by itself, 1 sums all blocks.
+    """
+
+    needs_model: ClassVar[bool] = False
+    """True: `profile` calls `request.evaluate`, so the schedule is calibrated before the search."""
+    searched: ClassVar[bool] = False
+    """True: reads `request.keep_ratios`, so the search proposes one ratio per block."""
+
+    def __init__(self, gamma: float = 1.0, score_every_block: bool = False) -> None:
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"gamma is {gamma}, expected 0 to 1")
+        self.gamma = gamma
+        self.score_every_block = score_every_block
+
+    def profile(self, request: ScheduleRequest) -> Callable[[float], Sequence[float]]:
+        """A family of schedules ordered by strength.
+
+        Returns:
+            A function from strength (0: nothing is pruned; 1: the most this cascade can prune)
+            to real-valued patch tokens after each block. Every value is non-increasing in the
+            strength and over the blocks. The framework finds the strength that meets the budget
+            and rounds to whole tokens.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define profile(request)")
+
+    def accumulate(self, running_BN: Tensor | None, score_BN: Tensor) -> Tensor:
+        """Cumulative score S = gamma * S + s / mean(s): every block adds the same mass (reconstructed)."""
+        if running_BN is None or self.gamma == 0.0:
+            running_BN = 0.0 * score_BN
+        mean_B1 = score_BN.mean(dim=1, keepdim=True)
+        return self.gamma * running_BN + score_BN / mean_B1.clamp_min(1e-12)
+
+
+@dataclass(frozen=True, slots=True)
+class DistillContext:
+    """Static facts a distiller builds its parameters from."""
+
+    student: CompressionPlan
+    teacher: ModelShape
+
+
+class Features(NamedTuple):
+    """Tokens of one block, as the student or the teacher left them."""
+
+    x_BTD: Tensor
+    prefix: int
+    position_BN: Tensor | None = None  # original index of each patch token
+    compose_BRN: Tensor | None = None  # each remaining token as a mix of the original N; rows sum to 1
+
+
+class Outputs(NamedTuple):
+    """What one forward pass gave."""
+
+    logits_BC: Tensor
+    blocks: Mapping[int, Features]  # only the blocks the distiller asked for
+
+
+class Distiller(Component):
+    """Extra training losses from a teacher."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    def blocks(self, context: DistillContext) -> tuple[Sequence[int], Sequence[int]]:
+        """Indices of the student's and the teacher's blocks whose tokens the losses need."""
+        return (), ()
+
+    def build(self, context: DistillContext) -> Callable[..., Mapping[str, Tensor]] | nn.Module:
+        """What computes the losses; an `nn.Module` if it has parameters (discarded after training)."""
+        return self.losses
+
+    def losses(self, student: Outputs, teacher: Outputs | None, progress: float) -> Mapping[str, Tensor]:
+        """Named, weighted scalars that are added to the task loss; `progress` runs from 0 to 1."""
+        raise NotImplementedError(f"{type(self).__name__} must define losses(...) or build(context)")
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentRef:
+    """A component as a space file names it: enough to build it again in another process."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **self.params}
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """The components that a compressed model needs at inference, built."""
+
+    scorer: Scorer
+    aggregator: Aggregator
+    cascade: Cascade
+
+    def sites(self, plan: CompressionPlan) -> list[Site]:
+        """Where `plan` scores or reduces tokens, in order."""
+        shape = plan.shape
+        last_cut = max((i for i, n in enumerate(plan.tokens) if n < plan.tokens_in[i]), default=-1)
+        sites = []
+        for i, block in enumerate(plan.blocks):
+            if plan.head_tokens_only and i == shape.depth - 1:
+                break  # nothing reads the patch tokens after this block's attention
+            cuts = block.tokens_out < plan.tokens_in[i]
+            if cuts or (self.cascade.score_every_block and self.aggregator.needs_scores and i < last_cut):
+                sites.append(
+                    Site(
+                        i,
+                        plan.tokens_in[i],
+                        block.tokens_out,
+                        shape.prefix_tokens,
+                        shape.class_token,
+                        plan.embed_dim,
+                        block.heads,
+                        block.qk_dim,
+                        block.v_dim,
+                        shape.depth,
+                        shape.grid,
+                    )
+                )
+        return sites
