@@ -1,0 +1,144 @@
+"""What the search may change (`SearchSpace`) and one point of it (`Candidate`). No torch, no optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ucc_search.config import Range, SpaceConfig
+from ucc_search.errors import ConfigError
+from ucc_search.interfaces import ComponentRef
+from ucc_search.plan import CompressionPlan, ModelShape
+from ucc_search.plugins import Plugins
+
+KINDS = ("scorer", "aggregator", "cascade", "distiller")
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One searched parameter: a number between bounds, or one of several choices."""
+
+    name: str
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    step: float | None = None
+    choices: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One sampled point, decoded: components with their parameters, and keep ratios."""
+
+    params: Mapping[str, Any]
+    components: Mapping[str, ComponentRef]
+    keep_ratios: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    """Named dimensions, stable across runs of one space file."""
+
+    dimensions: tuple[Dimension, ...]
+    config: SpaceConfig
+    depth: int
+    blocks_with_keep: int
+    """Blocks whose keep ratio is searched; the last is not where nothing reads its patch tokens."""
+
+    @classmethod
+    def of(cls, config: SpaceConfig, shape: ModelShape, plugins: Plugins) -> SearchSpace:
+        """The space of a space file for one model.
+
+        Raises:
+            PluginError: an unknown component or parameter.
+            ConfigError: a parameter range that is no range.
+        """
+        dimensions: list[Dimension] = []
+        for kind in KINDS:
+            refs: Sequence[ComponentRef] = getattr(config, kind)
+            if len(refs) > 1:
+                dimensions.append(Dimension(kind, choices=tuple(range(len(refs)))))
+            for ref in refs:
+                plugins.check(kind, ref)
+                dimensions += _parameter_dimensions(kind, ref)
+        keep = 0
+        if any(getattr(plugins.get("cascade", ref.name), "searched", False) for ref in config.cascade):
+            keep = shape.depth - (1 if spares_last_block(config, shape) else 0)
+            bounds = config.keep_ratio
+            dimensions += [Dimension(f"keep.{i}", bounds.low, bounds.high) for i in range(keep)]
+        return cls(tuple(dimensions), config, shape.depth, keep)
+
+    def decode(self, params: Mapping[str, Any]) -> Candidate:
+        """The candidate these sampled values stand for."""
+        components = {}
+        for kind in KINDS:
+            refs: Sequence[ComponentRef] = getattr(self.config, kind)
+            ref = refs[params[kind]] if len(refs) > 1 else refs[0]
+            values = {
+                key: params[_name(kind, ref, key)] if isinstance(value, Mapping) else value
+                for key, value in ref.params.items()
+            }
+            components[kind] = ComponentRef(ref.name, values)
+        keep = tuple(params[f"keep.{i}"] for i in range(self.blocks_with_keep))
+        padded = keep + (1.0,) * (self.depth - len(keep))
+        return Candidate(dict(params), components, padded if keep else None)
+
+    def at_plan(self, params: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
+        """The same point with the keep ratios of the plan that was measured.
+
+        Many proposals are projected onto one plan; the optimiser must learn from the point that was
+        measured, not from the one it proposed.
+        """
+        told = dict(params)
+        for i in range(self.blocks_with_keep):
+            ratio = plan.tokens[i] / plan.tokens_in[i]
+            told[f"keep.{i}"] = min(max(ratio, self.config.keep_ratio.low), self.config.keep_ratio.high)
+        return told
+
+    def known_good(self) -> list[dict[str, float]]:
+        """Keep ratios of hand-made schedules, to start from: geometric, staged, early and late cuts."""
+        count, bounds = self.blocks_with_keep, self.config.keep_ratio
+        if not count:
+            return []
+        stages = {self.depth // 4, self.depth // 2, 3 * self.depth // 4}
+        shapes = [
+            [0.8 if i else 1.0 for i in range(count)],
+            [0.5 if i in stages else 1.0 for i in range(count)],
+            [0.8 for _ in range(count)],
+            [1.0 - 0.5 * i / max(1, count - 1) for i in range(count)],
+        ]
+        return [
+            {f"keep.{i}": min(max(r, bounds.low), bounds.high) for i, r in enumerate(ratios)}
+            for ratios in shapes
+        ]
+
+
+def spares_last_block(config: SpaceConfig, shape: ModelShape) -> bool:
+    """Whether plans compute the last block only for the tokens the head reads."""
+    return config.head_tokens_only and shape.head_tokens > 0 and shape.depth > 1
+
+
+def _name(kind: str, ref: ComponentRef, key: str) -> str:
+    return f"{kind}.{ref.name}.{key}"
+
+
+def _parameter_dimensions(kind: str, ref: ComponentRef) -> list[Dimension]:
+    found = []
+    for key, value in ref.params.items():
+        if not isinstance(value, Mapping):
+            continue
+        name = _name(kind, ref, key)
+        try:
+            wanted = Range.model_validate(value)
+        except ValueError as error:
+            reason = str(error).splitlines()[2].strip() if str(error).count("\n") >= 2 else str(error)
+            raise ConfigError(
+                f"space.{name} is {dict(value)}, expected a value, {{low, high, log, step}} or {{choices}} ({reason})"
+            ) from None
+        if wanted.choices is not None:
+            found.append(Dimension(name, choices=wanted.choices))
+        else:
+            assert wanted.low is not None and wanted.high is not None
+            found.append(Dimension(name, wanted.low, wanted.high, wanted.log, wanted.step))
+    return found
