@@ -94,7 +94,7 @@ def project(
 
     strongest = at(1.0)
     if not fits(strongest):
-        raise unreachable(budget, cost(strongest, components), cost(plan, components))
+        raise unreachable(budget, cost(strongest, components), cost(CompressionPlan.identity(plan.shape)))
     dense = at(0.0)
     if fits(dense):
         return dense

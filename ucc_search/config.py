@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ucc_search.errors import ConfigError, did_you_mean
 from ucc_search.interfaces import ComponentRef
@@ -75,7 +84,13 @@ def _component_list(value: Any) -> Any:
     return tuple(refs)
 
 
-Choices = Annotated[tuple[ComponentRef, ...], BeforeValidator(_component_list)]
+def _component_dicts(refs: tuple[ComponentRef, ...]) -> list[dict[str, Any]]:
+    return [ref.to_dict() for ref in refs]
+
+
+Choices = Annotated[
+    tuple[ComponentRef, ...], BeforeValidator(_component_list), PlainSerializer(_component_dicts)
+]
 
 
 class ComponentChoices(_Frozen):
@@ -241,6 +256,8 @@ class SearchConfig(_Frozen):
     """Zero-shot trials trained afterwards, per budget and set of components."""
     seeds: tuple[int, ...] = (0,)
     """Each trained candidate is trained once per seed."""
+    executor: Literal["ray", "local"] = "ray"
+    """`local` measures one trial after another in this process."""
     concurrency: int | None = Field(None, ge=1)
     """Trials at a time; the default is one per CPU core, or per GPU."""
     gpus_per_trial: float = Field(0.0, ge=0.0)
@@ -342,8 +359,6 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, ComponentRef):
-        return _plain(value.to_dict())
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, tuple | list):

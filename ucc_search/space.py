@@ -84,6 +84,18 @@ class SearchSpace:
         padded = keep + (1.0,) * (self.depth - len(keep))
         return Candidate(dict(params), components, padded if keep else None)
 
+    def corners(self) -> list[Candidate]:
+        """One candidate for every combination of components, other parameters at the start of their range."""
+        import itertools
+
+        start = {d.name: d.choices[0] if d.choices is not None else d.low for d in self.dimensions}
+        searched = [d for d in self.dimensions if d.name in KINDS]
+        combinations = itertools.product(*(d.choices or () for d in searched))
+        return [
+            self.decode({**start, **dict(zip((d.name for d in searched), values, strict=True))})
+            for values in combinations
+        ]
+
     def at_plan(self, params: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
         """The same point with the keep ratios of the plan that was measured.
 

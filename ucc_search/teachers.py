@@ -17,6 +17,7 @@ from ucc_search.config import RunConfig
 from ucc_search.data import Splits, load_data, ordered_batches
 from ucc_search.errors import ConfigError, ModelError
 from ucc_search.losses import TaskLoss
+from ucc_search.shapes import cache_folder
 from ucc_search.models import ASSETS, SHIPPED, build_model, load_weights
 from ucc_search.train import fit
 
@@ -56,7 +57,9 @@ def checkpoint_path(config: RunConfig) -> Path | None:
             raise ConfigError("model.checkpoint is 'auto', which needs a `teacher:` section to train by")
         recipe = json.dumps([config.model.model_dump(), config.data.model_dump(), config.teacher.model_dump()], default=str)
         digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-        return cache_folder() / "teachers" / f"{config.name}-{digest}"
+        folder = cache_folder() / "teachers"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{config.name}-{digest}"
     if name.startswith(SHIPPED):
         path = ASSETS / name.removeprefix(SHIPPED)
         if not path.is_dir():
@@ -64,16 +67,6 @@ def checkpoint_path(config: RunConfig) -> Path | None:
             raise ModelError(f"model.checkpoint is {name!r}, shipped are: {shipped}")
         return path
     return Path(name).expanduser()
-
-
-def cache_folder() -> Path:
-    """Where teachers and model shapes are kept between runs; UCC_SEARCH_CACHE moves it."""
-    import os
-
-    folder = Path(os.environ.get("UCC_SEARCH_CACHE", Path.home() / ".cache" / "ucc-search"))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "teachers").mkdir(exist_ok=True)
-    return folder
 
 
 def train_teacher(

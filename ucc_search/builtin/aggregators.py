@@ -1,6 +1,8 @@
 """Aggregators: which tokens stay, and what becomes of the others.
 
-Importing this module imports no torch. Shape suffixes are those of `ucc_search.interfaces`.
+torch is imported only inside the one method that needs it: listing plugins and costing plans import
+this file, and must start without it. Shape suffixes are those of `ucc_search.interfaces`. Every
+assignment lists kept and pruned tokens in ascending order; ties go to the earlier token.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ class Drop(Aggregator):
     merges: ClassVar[bool] = False
 
     def assign(self, view: TokenView, scores_BN: Tensor | None, keep: int) -> Assignment:
+        """The `keep` highest scores; no hosts."""
         assert scores_BN is not None
         return Assignment(*split_by_score(scores_BN, keep))
 
@@ -28,13 +31,16 @@ class Host(Aggregator):
     """UCC's aggregation: every pruned token flows into the kept token most similar to it, its host.
 
     x_r <- (e x_r + sum_p w_p e^{c_pr} x_p) / (e + sum_p w_p e^{c_pr}), over the pruned p whose host
-    is r; c is the cosine of the tokens, e the weight of the host's similarity to itself.
+    is r; c_pr is the cosine of the tokens, e = e^1 the weight of the host's similarity to itself.
+    Prefix tokens cannot be hosts. Gradients flow through the tokens and their similarity, not
+    through the scores.
 
     Args:
-        weighting: `score` sets w_p = S_p / S_r (at most 1, "according to their weights");
+        weighting: `score` sets w_p = S_p / S_r, from 0 to 1 ("according to their weights");
             `similarity` sets w_p = 1, which is TPS.
 
-    Reference: reconstructed for UCC from TPS (CVPR 2023), squeezing by similarity.
+    Reference: reconstructed for UCC (Neurocomputing 2024) from the squeezing step of TPS (Wei et al.
+    2023, CVPR); w_p is our reading of UCC's abstract.
     """
 
     def __init__(self, weighting: str = "score") -> None:
@@ -43,9 +49,11 @@ class Host(Aggregator):
         self.weighting = weighting
 
     def macs(self, site: Site) -> int:
+        """The cosine of every pruned token to every kept one."""
         return (site.tokens_in - site.tokens_out) * site.tokens_out * site.dim
 
     def assign(self, view: TokenView, scores_BN: Tensor | None, keep: int) -> Assignment:
+        """The `keep` highest scores, and hosts for all others."""
         assert scores_BN is not None
         keep_BR, prune_BP = split_by_score(scores_BN, keep)
         unit_BND = _unit(view.patches_BND)
@@ -53,8 +61,9 @@ class Host(Aggregator):
         cosine_BP, host_BP = (pruned_BPD @ kept_BRD.transpose(1, 2)).max(dim=-1)
         weight_BP = cosine_BP.exp()
         if self.weighting == "score":
-            host_score_BP = scores_BN.gather(1, keep_BR).gather(1, host_BP)
-            share_BP = scores_BN.gather(1, prune_BP) / host_score_BP.clamp_min(1e-12)
+            score_BN = scores_BN.detach()
+            host_score_BP = score_BN.gather(1, keep_BR).gather(1, host_BP)
+            share_BP = score_BN.gather(1, prune_BP) / host_score_BP.clamp_min(1e-12)
             weight_BP = weight_BP * share_BP.clamp(0.0, 1.0).to(weight_BP.dtype)
         self_BR = weight_BP.new_full(keep_BR.shape, math.e)
         return Assignment(keep_BR, prune_BP, host_BP, weight_BP, self_BR)
@@ -63,20 +72,26 @@ class Host(Aggregator):
 class Fuse(Aggregator):
     """EViT's fused token: one token carries all the pruned ones, weighted by their scores.
 
-    Of the `keep` tokens, keep - 1 stay as they are; the last takes in everything pruned, so that
-    the count is the plan's.
+    Of the `keep` tokens, keep - 1 stay as they are; the lowest-scoring one takes in everything
+    pruned and stands in its own place, so that the count is the plan's. EViT adds the weighted
+    tokens up; here their weights are normalised to sum to 1, which keeps the fused token at the
+    scale of the others.
 
     Reference: Liang et al. 2022, EViT, arXiv:2202.07800, section 3.2 (inattentive token fusion).
     """
 
     def assign(self, view: TokenView, scores_BN: Tensor | None, keep: int) -> Assignment:
+        """The `keep` highest scores, the lowest of them host of all others."""
         assert scores_BN is not None
         keep_BR, prune_BP = split_by_score(scores_BN, keep)
-        positive_BN = scores_BN.clamp_min(1e-6)
-        lowest_B1 = positive_BN.gather(1, keep_BR).argmin(dim=1, keepdim=True)
-        host_BP = lowest_B1.expand_as(prune_BP)
+        lowest_B1 = scores_BN.gather(1, keep_BR).argmin(dim=1, keepdim=True)
+        positive_BN = scores_BN.clamp_min(1e-6)  # all weights zero would have no average
         return Assignment(
-            keep_BR, prune_BP, host_BP, positive_BN.gather(1, prune_BP), positive_BN.gather(1, keep_BR)
+            keep_BR,
+            prune_BP,
+            lowest_B1.expand_as(prune_BP),
+            positive_BN.gather(1, prune_BP),
+            positive_BN.gather(1, keep_BR),
         )
 
 
@@ -85,7 +100,8 @@ class Bipartite(Aggregator):
 
     Tokens alternate between two sets; each token of the first finds the most similar key (cosine,
     mean over heads) in the second, and the tokens with the most similar partners are merged into
-    them, averaged by size. One round removes at most half; deeper cuts take several rounds.
+    them, averaged by the number of patches they stand for. One round removes at most half of the
+    tokens; the framework asks again for a deeper cut, with the keys of the tokens that are left.
 
     Reference: Bolya et al. 2023, Token Merging, ICLR, sections 3.1 and 3.2; written from the paper.
     """
@@ -94,32 +110,32 @@ class Bipartite(Aggregator):
     proportional_attention: ClassVar[bool] = True
 
     def macs(self, site: Site) -> int:
-        count, total = site.tokens_in, 0
-        while count > site.tokens_out:
-            total += ((count + 1) // 2) * (count // 2) * site.qk_dim
-            count = after_round(count, site.tokens_out)
-        return total
+        """The similarities of every round."""
+        counts = rounds(site.tokens_in, site.tokens_out)[:-1]
+        return sum((count - count // 2) * (count // 2) * site.qk_dim for count in counts)
 
     def assign(self, view: TokenView, scores_BN: Tensor | None, keep: int) -> Assignment:
+        """One round: `keep` tokens stay, or half if that is more."""
         import torch
 
-        keys_BNK = view.k_BHTK.mean(dim=1)[:, view.prefix :]
-        count = keys_BNK.shape[1]
+        key_BNK = _unit(view.k_BHTK[:, :, view.prefix :].mean(dim=1))
+        count = key_BNK.shape[1]
         removed = count - after_round(count, keep)
-        unit_BNK = _unit(keys_BNK)
-        # The larger set comes second to none: with an odd count the first set has one token more.
-        first_BA, second_BC = unit_BNK[:, ::2], unit_BNK[:, 1::2]
-        best_BA, partner_BA = (first_BA @ second_BC.transpose(1, 2)).max(dim=-1)
-        order_BA = best_BA.argsort(dim=1, descending=True)
-        merged_BP, stay = order_BA[:, :removed], order_BA[:, removed:]
+        similar_BAC = key_BNK[:, ::2] @ key_BNK[:, 1::2].transpose(1, 2)
+        best_BA, partner_BA = similar_BAC.max(dim=-1)
+        order_BA = best_BA.argsort(dim=1, descending=True, stable=True)
+        merged_BP, stay_BA = order_BA[:, :removed].sort(dim=1).values, order_BA[:, removed:]
         partner_BP = partner_BA.gather(1, merged_BP)
-        second = torch.arange(1, count, 2, device=keys_BNK.device).expand(keys_BNK.shape[0], -1)
-        keep_BR = torch.cat([2 * stay, second], dim=1).sort(dim=1).values
-        # Where in the sorted kept tokens does token 2 * partner + 1 stand?
-        host_BP = torch.searchsorted(keep_BR.contiguous(), (2 * partner_BP + 1).contiguous())
+        second_BC = torch.arange(1, count, 2, device=key_BNK.device).expand(key_BNK.shape[0], -1)
+        keep_BR = torch.cat([2 * stay_BA, second_BC], dim=1).sort(dim=1).values
+        # Kept before token 2c + 1 are c tokens of the second set, and those of the first up to c.
+        # (Counted by comparison: exporters know no searchsorted.)
+        host_BP = partner_BP + (stay_BA[:, None, :] <= partner_BP[:, :, None]).sum(dim=-1)
         prune_BP = 2 * merged_BP
-        sizes = view.size_BN
-        return Assignment(keep_BR, prune_BP, host_BP, sizes.gather(1, prune_BP), sizes.gather(1, keep_BR))
+        sizes_BN = view.size_BN
+        return Assignment(
+            keep_BR, prune_BP, host_BP, sizes_BN.gather(1, prune_BP), sizes_BN.gather(1, keep_BR)
+        )
 
 
 def after_round(count: int, keep: int) -> int:
@@ -127,15 +143,24 @@ def after_round(count: int, keep: int) -> int:
     return max(keep, count - count // 2)
 
 
+def rounds(count: int, keep: int) -> list[int]:
+    """Token counts before, between and after the rounds of bipartite merging that lead to `keep`."""
+    counts = [count]
+    while counts[-1] > keep:
+        counts.append(after_round(counts[-1], keep))
+    return counts
+
+
 def split_by_score(scores_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """(keep_BR, prune_BP): the highest scores, each part in ascending order of position."""
+    """(keep_BR, prune_BP): the `keep` highest scores and the others, each in ascending order."""
     order_BN = scores_BN.argsort(dim=1, descending=True, stable=True)
     keep_BR, prune_BP = order_BN[:, :keep], order_BN[:, keep:]
     return keep_BR.sort(dim=1).values, prune_BP.sort(dim=1).values
 
 
 def _unit(values_BND: Tensor) -> Tensor:
-    return values_BND / values_BND.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    unit_BND: Tensor = values_BND / values_BND.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    return unit_BND
 
 
 def _rows(values_BND: Tensor, index_BR: Tensor) -> Tensor:

@@ -1,121 +1,147 @@
 """Token scorers: UCC's joint score and its two halves, and the baselines beside it.
 
-torch is imported inside the methods that need it, so that listing plugins and costing plans start
-without it. Shape suffixes are those of `ucc_search.interfaces`.
+torch is imported only inside the methods that need it: listing plugins and costing plans import this
+file, and must start without it. Shape suffixes are those of `ucc_search.interfaces`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import warnings
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from ucc_search.errors import ModelError
 from ucc_search.interfaces import Scorer, Site, TokenView
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
 FftAxis = Literal["token", "channel", "grid2d"]
+Sign = Literal["low", "high"]
 _AXES = ("token", "channel", "grid2d")
 _SIGNS = ("low", "high")
+_KAPPA = 0.15
+_TINY = 1e-12  # keeps constant and all-zero inputs from dividing by zero
 
 
 class Spatial(Scorer):
-    """How much the class token looks at a token, and how much the tokens that it looks at do.
+    """How much the class token attends to a token, directly and through what it attends to.
 
-    c_j = mean_h(a_h A_h[0, j]) with a_h = mean_i A_h[i, 0], and g_j = mean_h(b_h mean_i A_h[i, j])
-    with b_h = A_h[0, 0]; the score is c_j + g_j. Means over i run over all tokens, prefix included.
-    Models without a class token score by mean_h mean_i A_h[i, j], the attention a token receives.
+    With the softmax attention A_h and the class token at index 0:
+    c_j = mean_h(a_h A_h[0, j]) where a_h = mean_i A_h[i, 0], how far all tokens listen to the class
+    token; g_j = mean_h(b_h mean_i A_h[i, j]) where b_h = A_h[0, 0]; scores_BN = c_j + g_j, without
+    unit, non-negative. Means over i run over all tokens, prefix tokens included.
 
-    The block's own attention map is reused, so no MACs are added; that block's attention is not fused.
+    Without a class token the score is mean_h mean_i A_h[i, j], the attention a token receives.
 
-    Reference: reconstructed for UCC (Neurocomputing 2024) from VTC-LFC (NeurIPS 2022), attention score.
+    The block's own attention map is reused: no MACs are added, but that block's attention is not
+    fused.
+
+    Reference: reconstructed for UCC (Neurocomputing 2024, doi 10.1016/j.neucom.2024.128747), whose
+    formula is not public, from the attention score of VTC-LFC (NeurIPS 2022).
     """
 
     needs_attention: ClassVar[bool] = True
 
     def score(self, view: TokenView) -> Tensor:
+        """scores_BN, non-negative."""
         assert view.attn_BHTT is not None
         received_BHT = view.attn_BHTT.mean(dim=2)
         if not view.class_token:
             return received_BHT.mean(dim=1)[:, view.prefix :]
         class_row_BHT = view.attn_BHTT[:, :, 0]
-        looks_BH1 = received_BHT[:, :, :1]
-        itself_BH1 = class_row_BHT[:, :, :1]
-        score_BT = (looks_BH1 * class_row_BHT + itself_BH1 * received_BHT).mean(dim=1)
+        to_class_BH1 = received_BHT[:, :, :1]
+        class_itself_BH1 = class_row_BHT[:, :, :1]
+        score_BT = (to_class_BH1 * class_row_BHT + class_itself_BH1 * received_BHT).mean(dim=1)
         return score_BT[:, view.prefix :]
 
 
 class Spectral(Scorer):
-    """Energy of a token in the low frequencies of the token sequence (or in the high ones).
+    """Energy of a token in the low frequencies of the token sequence (or in what the mean leaves).
 
-    With sign `low`: Z_low = IFFT(G * FFT Z) along `fft_axis`, G_k = 1 - exp(-(k - m)^2 / (2 s^2)),
-    m = (n - 1) / 2, s = n kappa / 2, k = 0..n-1 (1 at both ends, the low frequencies; 0 at Nyquist);
-    s_j = sum_c |Z_low[j, c]| / mean_j' sum_c |Z[j', c]|. In float32, detached.
-    With sign `high`: s_j = ||z_j - mean z|| / mean_j' ||z_j'||, what the mean (the DC part) leaves.
+    With sign `low`: Z_low = IFFT(G * FFT Z) along `fft_axis`, where
+    G_k = 1 - exp(-(k - m)^2 / (2 s^2)), m = (n - 1) / 2, s = n kappa / 2, k = 0..n-1 (about 1 at both
+    ends, which are the low frequencies, and 0 at Nyquist). Then
+    s_j = sum_c |Z_low[j, c]| / mean_j' sum_c |Z[j', c]|, without unit, non-negative.
+
+    With sign `high`: s_j = ||z_j - mean z|| / mean_j' ||z_j'||, what is left beside the DC part.
+
+    Patch tokens only, in float32, detached: no gradient flows through the score.
 
     Args:
         fft_axis: `token` along the sequence of remaining tokens, `channel` over the channels of
-            each token, `grid2d` over the image grid with zeros where tokens are gone.
-        sign: `low` keeps tokens rich in low frequencies, `high` the others.
-        kappa: width of the notch at Nyquist, as a share of the spectrum.
+            each token, `grid2d` over the image grid with zeros where tokens are gone (the filter is
+            then the product of one along each side).
+        sign: `low` keeps tokens rich in low frequencies, `high` those far from the mean.
+        kappa: width of the notch at Nyquist as a fraction of the spectrum, above 0 and up to 1.
 
-    Reference: reconstructed for UCC; `token`/`low` is the low-frequency energy of VTC-LFC with cutoff
-    0.85 (kappa = 0.15), `high` the split of AntiOversmoothing (ICLR 2022).
+    Reference: reconstructed for UCC; `token` with `low` is the low-frequency energy of VTC-LFC
+    (NeurIPS 2022) at cutoff 0.85, `high` the DC/HF split of Anti-Oversmoothing (ICLR 2022).
     """
 
     ranges: ClassVar = {"kappa": {"low": 0.05, "high": 0.5}}
 
-    def __init__(self, fft_axis: FftAxis = "token", sign: str = "low", kappa: float = 0.15) -> None:
+    def __init__(self, fft_axis: FftAxis = "token", sign: Sign = "low", kappa: float = _KAPPA) -> None:
         if fft_axis not in _AXES:
             raise ValueError(f"fft_axis is {fft_axis!r}, expected one of {', '.join(_AXES)}")
         if sign not in _SIGNS:
             raise ValueError(f"sign is {sign!r}, expected one of {', '.join(_SIGNS)}")
         if not 0.0 < kappa <= 1.0:
             raise ValueError(f"kappa is {kappa}, expected 0 < kappa <= 1")
+        if sign == "high" and (fft_axis != "token" or kappa != _KAPPA):
+            warnings.warn("fft_axis and kappa have no effect with sign: high", stacklevel=2)
         self.fft_axis, self.sign, self.kappa = fft_axis, sign, kappa
 
     def macs(self, site: Site) -> int:
+        """A forward and an inverse FFT, see `fft_macs`."""
         if self.sign == "high":
             return 0
         if self.fft_axis == "token":
-            return 2 * site.dim * fft_macs(site.tokens_in)
+            return fft_macs(site.tokens_in, 2 * site.dim)
         if self.fft_axis == "channel":
-            return 2 * site.tokens_in * fft_macs(site.dim)
+            return fft_macs(site.dim, 2 * site.tokens_in)
         rows, columns = site.grid
-        return 2 * site.dim * (rows * fft_macs(columns) + columns * fft_macs(rows))
+        return fft_macs(columns, 2 * site.dim * rows) + fft_macs(rows, 2 * site.dim * columns)
 
     def score(self, view: TokenView) -> Tensor:
+        """scores_BN, non-negative; 0 for all-zero tokens."""
         z_BND = view.patches_BND.detach().float()
         if self.sign == "high":
             rest_BN = (z_BND - z_BND.mean(dim=1, keepdim=True)).norm(dim=-1)
-            return rest_BN / z_BND.norm(dim=-1).mean(dim=1, keepdim=True).clamp_min(1e-12)
-        energy_BN = self._low_pass(z_BND, view).sum(dim=-1)
-        total_BN = z_BND.abs().sum(dim=-1)
-        return energy_BN / total_BN.mean(dim=1, keepdim=True).clamp_min(1e-12)
+            return _relative(rest_BN, z_BND.norm(dim=-1))
+        energy_BN = self._low_pass(z_BND, view).abs().sum(dim=-1)
+        return _relative(energy_BN, z_BND.abs().sum(dim=-1))
 
     def _low_pass(self, z_BND: Tensor, view: TokenView) -> Tensor:
-        """|Z_low|, shape BND."""
+        """Z_low, complex: the filter, as published, is not symmetric about frequency 0."""
         if self.fft_axis == "token":
-            return _filter(z_BND, (1,), self.kappa).abs()
+            return _filter(z_BND, (1,), self.kappa)
         if self.fft_axis == "channel":
-            return _filter(z_BND, (2,), self.kappa).abs()
+            return _filter(z_BND, (2,), self.kappa)
         rows, columns = view.grid
         batch, _, dim = z_BND.shape
         index_BND = view.position_BN[..., None].expand_as(z_BND)
-        grid = z_BND.new_zeros(batch, rows * columns, dim).scatter(1, index_BND, z_BND)
-        low = _filter(grid.unflatten(1, (rows, columns)), (1, 2), self.kappa).abs()
-        return low.flatten(1, 2).gather(1, index_BND)
+        sparse = z_BND.new_zeros(batch, rows * columns, dim).scatter(1, index_BND, z_BND)
+        grid = sparse.view(batch, rows, columns, dim)
+        return _filter(grid, (1, 2), self.kappa).flatten(1, 2).gather(1, index_BND)
 
 
 class Joint(Scorer):
     """UCC's joint score: spatial and spectral characteristics of a token together.
 
-    Args:
-        mix: None multiplies the two scores (VTC-LFC); a number from 0 to 1 weighs them instead,
-            mix * spatial + (1 - mix) * spectral, each min-max normalised per image.
-        fft_axis, sign, kappa: of the spectral score.
+    scores_BN without unit, non-negative.
 
-    Reference: UCC (Neurocomputing 2024) names the joint score; its form here is reconstructed.
+    Args:
+        mix: null multiplies the two scores, as VTC-LFC does; a number from 0 to 1 adds them instead,
+            mix * spatial + (1 - mix) * spectral, each min-max normalised per image.
+        fft_axis: of the spectral score, see `Spectral`.
+        sign: of the spectral score.
+        kappa: of the spectral score.
+
+    Reference: UCC (Neurocomputing 2024, doi 10.1016/j.neucom.2024.128747) names a joint score of
+    spatial and spectral characteristics; its form here is reconstructed from VTC-LFC (NeurIPS 2022).
     """
 
     needs_attention: ClassVar[bool] = True
@@ -125,19 +151,21 @@ class Joint(Scorer):
         self,
         mix: float | None = None,
         fft_axis: FftAxis = "token",
-        sign: str = "low",
-        kappa: float = 0.15,
+        sign: Sign = "low",
+        kappa: float = _KAPPA,
     ) -> None:
         if mix is not None and not 0.0 <= mix <= 1.0:
             raise ValueError(f"mix is {mix}, expected 0 to 1, or null for the product")
         self.mix = mix
-        self._spatial, self._spectral = Spatial(), Spectral(fft_axis, sign, kappa)
+        self.spatial, self.spectral = Spatial(), Spectral(fft_axis, sign, kappa)
 
     def macs(self, site: Site) -> int:
-        return self._spatial.macs(site) + self._spectral.macs(site)
+        """Those of the spectral score; the spatial one adds none."""
+        return self.spatial.macs(site) + self.spectral.macs(site)
 
     def score(self, view: TokenView) -> Tensor:
-        spatial_BN, spectral_BN = self._spatial.score(view), self._spectral.score(view)
+        """scores_BN, non-negative."""
+        spatial_BN, spectral_BN = self.spatial.score(view), self.spectral.score(view)
         if self.mix is None:
             return spatial_BN * spectral_BN
         return self.mix * _min_max(spatial_BN) + (1 - self.mix) * _min_max(spectral_BN)
@@ -146,78 +174,98 @@ class Joint(Scorer):
 class ClassAttention(Scorer):
     """How much the class token attends to each token, averaged over heads.
 
-    Only the class token's row is formed, so attention stays fused.
+    scores_BN are probabilities: non-negative, at most 1 in sum. Only the class token's row is
+    formed, so attention stays fused.
 
-    Reference: Liang et al. 2022, EViT, arXiv:2202.07800, section 3.2.
+    Reference: Liang et al. 2022, EViT, arXiv:2202.07800, section 3.2 (attentive tokens).
     """
 
     needs_class_token: ClassVar[bool] = True
 
     def macs(self, site: Site) -> int:
+        """One query per head against all keys."""
         return site.heads * (site.tokens_in + site.prefix_tokens) * site.qk_dim
 
+    def build(self, site: Site) -> Callable[[TokenView], Tensor]:
+        """What computes the scores.
+
+        Raises:
+            ModelError: the model has no class token.
+        """
+        if not site.class_token:
+            raise ModelError(
+                "the scorer class_attention reads the class token's attention, and this model has no class "
+                "token; use the scorer joint, spatial, spectral or random"
+            )
+        return self.score
+
     def score(self, view: TokenView) -> Tensor:
-        class_query_BH1K = view.q_BHTK[:, :, :1] * view.scale
-        row_BH1T = (class_query_BH1K @ view.k_BHTK.transpose(-2, -1)).softmax(dim=-1)
+        """scores_BN, in [0, 1]."""
+        query_BH1K = view.q_BHTK[:, :, :1] * view.scale
+        row_BH1T = (query_BH1K @ view.k_BHTK.transpose(-2, -1)).softmax(dim=-1)
         return row_BH1T.mean(dim=(1, 2))[:, view.prefix :]
 
 
 class Random(Scorer):
-    """A fixed random score for every position and block, the same for every image: the floor to beat.
+    """A random order of the positions, one per block, the same for every image: the floor to beat.
+
+    It is fixed by the seed, the block and the original position alone, so that runs repeat exactly
+    and exported models need no random numbers. scores_BN are in (0, 1].
 
     Args:
-        seed: different seeds give different scores.
+        seed: 0 or more; different seeds give different orders.
     """
 
     def __init__(self, seed: int = 0) -> None:
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, expected 0 or more")
         self.seed = seed
 
     def build(self, site: Site) -> nn.Module:
-        return _random_scores(self.seed, site)
+        """A module without parameters, and without an entry in checkpoints."""
+        from ucc_search.builtin.random_scores import RandomScores
+
+        rows, columns = site.grid
+        return RandomScores(rows * columns, self.seed * site.depth + site.block)
 
 
-def _random_scores(seed: int, site: Site) -> nn.Module:
-    import torch
+def fft_macs(length: int, transforms: int = 1) -> int:
+    """MACs of `transforms` complex FFTs: 2.5 n log2 n each, half the textbook 5 n log2 n real FLOPs.
 
-    class RandomScores(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            generator = torch.Generator().manual_seed(1_000_003 * seed + site.block)
-            scores = torch.rand(site.grid[0] * site.grid[1], generator=generator)
-            # Moves with the model, yet stays out of its checkpoint.
-            self.register_buffer("scores_O", scores, persistent=False)
-
-        def forward(self, view: TokenView) -> Any:
-            return self.scores_O[view.position_BN]
-
-    return RandomScores()
-
-
-def fft_macs(length: int) -> int:
-    """MACs of one complex FFT: half of the textbook 5 n log2 n real operations."""
-    return round(2.5 * length * math.log2(length)) if length > 1 else 0
+    A convention: libraries differ, and FLOP counters in torch see no FFT at all.
+    """
+    return round(2.5 * length * math.log2(length) * transforms)
 
 
 def _filter(values: Tensor, dims: tuple[int, ...], kappa: float) -> Tensor:
-    """Low-pass along `dims`; complex."""
+    """The low-frequency part along `dims`; complex, of the shape of `values`."""
     import torch
 
     spectrum = torch.fft.fftn(values, dim=dims)
     for dim in dims:
         shape = [1] * values.ndim
         shape[dim] = -1
-        spectrum = spectrum * _low_pass_gain(values.shape[dim], kappa, values).view(shape)
-    return torch.fft.ifftn(spectrum, dim=dims)
+        spectrum = spectrum * low_pass_gain(values.shape[dim], kappa, like=values).view(shape)
+    low: Tensor = torch.fft.ifftn(spectrum, dim=dims)
+    return low
 
 
-def _low_pass_gain(length: int, kappa: float, like: Tensor) -> Tensor:
+def low_pass_gain(length: int, kappa: float, *, like: Tensor) -> Tensor:
+    """G_k of `Spectral`, k = 0..length-1, on the device and in the type of `like`."""
     import torch
 
-    k = torch.arange(length, device=like.device, dtype=like.dtype)
+    k_K = torch.arange(length, device=like.device, dtype=like.dtype)
     middle, width = (length - 1) / 2, length * kappa / 2
-    return 1 - torch.exp(-((k - middle) ** 2) / (2 * width**2))
+    return 1 - torch.exp(-((k_K - middle) ** 2) / (2 * width**2))
+
+
+def _relative(value_BN: Tensor, whole_BN: Tensor) -> Tensor:
+    """As a fraction of the image's mean of `whole_BN`."""
+    relative_BN: Tensor = value_BN / whole_BN.mean(dim=1, keepdim=True).clamp_min(_TINY)
+    return relative_BN
 
 
 def _min_max(score_BN: Tensor) -> Tensor:
-    low, high = score_BN.amin(dim=1, keepdim=True), score_BN.amax(dim=1, keepdim=True)
-    return (score_BN - low) / (high - low).clamp_min(1e-12)
+    low_B1, high_B1 = score_BN.amin(dim=1, keepdim=True), score_BN.amax(dim=1, keepdim=True)
+    scaled_BN: Tensor = (score_BN - low_B1) / (high_B1 - low_B1).clamp_min(_TINY)
+    return scaled_BN

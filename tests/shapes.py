@@ -1,0 +1,51 @@
+"""Shapes of the DeiT family, written by hand: tests of plans and costs need no model."""
+
+from __future__ import annotations
+
+from ucc_search.plan import AffineCost, BlockShape, ModelShape
+
+_WIDTH = {"tiny": 192, "small": 384, "base": 768}
+
+
+def deit_shape(size: str) -> ModelShape:
+    """DeiT (or ViT) of this size: patches of 16, images of 224, 12 blocks, 1000 classes."""
+    dim = _WIDTH[size]
+    block = BlockShape(heads=dim // 64, qk_dim=64, v_dim=64, mlp_hidden=4 * dim)
+    pixels = 3 * 16 * 16
+    return ModelShape(
+        name=f"deit_{size}_patch16_224",
+        image_size=(224, 224),
+        channels=3,
+        classes=1000,
+        grid=(14, 14),
+        prefix_tokens=1,
+        class_token=True,
+        embed_dim=dim,
+        pool="token",
+        head_tokens=1,
+        blocks=(block,) * 12,
+        # Patch convolution; its weight and bias, the class token, and a position for each of 197 tokens.
+        stem=AffineCost(macs_per_channel=196 * pixels, params_per_channel=pixels + 1 + 1 + 197),
+        # Final norm (2 vectors) and classifier.
+        head=AffineCost(macs_per_channel=1000, params=1000, params_per_channel=2 + 1000),
+    )
+
+
+def small_shape(*, tokens: tuple[int, int] = (4, 4), depth: int = 4) -> ModelShape:
+    """A few narrow blocks."""
+    block = BlockShape(heads=2, qk_dim=4, v_dim=4, mlp_hidden=16)
+    return ModelShape(
+        name="small",
+        image_size=(8, 8),
+        channels=1,
+        classes=10,
+        grid=tokens,
+        prefix_tokens=1,
+        class_token=True,
+        embed_dim=8,
+        pool="token",
+        head_tokens=1,
+        blocks=(block,) * depth,
+        stem=AffineCost(),
+        head=AffineCost(),
+    )

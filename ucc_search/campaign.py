@@ -1,0 +1,346 @@
+"""What is measured next, and what is made of it. Decides; runs nothing; imports neither torch nor ray.
+
+A run measures the baselines and the search's proposals on the first rung, then trains the baselines
+and the promoted proposals. Everything that was finished is in the store, so a resumed run goes on
+from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from ucc_search.analysis import quality, usable, average_seeds
+from ucc_search.budget import Budget, budgets, project
+from ucc_search.config import Baseline, RunConfig
+from ucc_search.cost import cost
+from ucc_search.errors import PluginError
+from ucc_search.interfaces import ComponentRef, Components, ScheduleRequest
+from ucc_search.plan import CompressionPlan, ModelShape
+from ucc_search.plugins import Plugins
+from ucc_search.proposer import Proposer
+from ucc_search.space import KINDS, Candidate, SearchSpace, spares_last_block
+from ucc_search.store import RunStore, TrialRow, plan_key
+
+Evaluate = Callable[[Sequence[int]], float]
+MakeEvaluate = Callable[[Components, CompressionPlan], Evaluate]
+_REPROPOSE = 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement to make."""
+
+    id: int
+    rung: str
+    origin: str
+    method: str
+    budget: Budget
+    seed: int
+    plan: CompressionPlan
+    components: Mapping[str, ComponentRef]
+    params: Mapping[str, Any]
+    parent: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a worker needs, as JSON."""
+        return {
+            "id": self.id,
+            "rung": self.rung,
+            "seed": self.seed,
+            "plan": self.plan.to_dict(),
+            "components": {k: r.to_dict() for k, r in self.components.items()},
+        }
+
+
+class Scheduler:
+    """Turns components and keep ratios into a plan on a budget.
+
+    Args:
+        make_evaluate: gives the accuracy function that calibrated cascades ask; None where no model
+            is loaded.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        shape: ModelShape,
+        plugins: Plugins,
+        make_evaluate: MakeEvaluate | None = None,
+    ) -> None:
+        self._config, self._plugins, self._make_evaluate = config, plugins, make_evaluate
+        dense = CompressionPlan.identity(shape)
+        self.base = dense.replace(head_tokens_only=spares_last_block(config.space, shape))
+        self.dense_cost = cost(dense)
+        self.budgets = budgets(config.budget, self.dense_cost)
+        self._profiles: dict[str, Any] = {}
+
+    def plan(
+        self, refs: Mapping[str, ComponentRef], keep_ratios: Sequence[float] | None, budget: Budget
+    ) -> CompressionPlan:
+        """The projected plan.
+
+        Raises:
+            BudgetError: the cascade cannot meet the budget.
+            PluginError: the components do not fit the model.
+        """
+        parts = self._plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+        return project(self.base, self.profile(refs, parts, keep_ratios), budget, parts)
+
+    def profile(
+        self, refs: Mapping[str, ComponentRef], parts: Components, keep_ratios: Sequence[float] | None
+    ) -> Callable[[float], Sequence[float]]:
+        """The cascade's family of schedules; calibrated ones are made once."""
+        cascade, shape = parts.cascade, self.base.shape
+        key = repr([sorted(refs[k].to_dict().items()) for k in ("scorer", "aggregator", "cascade")])
+        if key in self._profiles:
+            return self._profiles[key]
+        evaluate = None
+        if cascade.needs_model and self._make_evaluate is not None:
+            evaluate = self._make_evaluate(parts, self.base)
+        low = self._config.space.keep_ratio.low if cascade.searched else 0.0
+        try:
+            family = cascade.profile(ScheduleRequest(shape, keep_ratios, low, evaluate))
+        except ValueError as error:
+            raise PluginError(f"cascade {refs['cascade'].name!r}: {error}") from None
+        if cascade.needs_model:
+            self._profiles[key] = family
+        return family
+
+
+class Campaign:
+    """Hands out jobs and files their outcomes.
+
+    Args:
+        store: holds what is already finished.
+    """
+
+    def __init__(
+        self, config: RunConfig, plugins: Plugins, scheduler: Scheduler, space: SearchSpace, store: RunStore
+    ) -> None:
+        self.config, self.plugins, self.scheduler, self.space = config, plugins, scheduler, space
+        self.store = store
+        self._rows = store.rows()
+        self._next_id = max((r.id for r in self._rows), default=-1) + 1
+        self._open: dict[int, Job] = {}
+        self._proposers = self._make_proposers()
+        self._seen = {_signature(r.plan_key, r.components) + r.target for r in self._rows if r.origin == "search"}
+        self._issued = sum(1 for r in self._rows if r.origin == "search" and r.parent is None)
+        self._stages: Iterator[Job | None] = self._all_jobs()
+
+    @property
+    def rows(self) -> list[TrialRow]:
+        return self._rows
+
+    @property
+    def open_jobs(self) -> int:
+        return len(self._open)
+
+    def next_job(self) -> Job | None:
+        """The next job; None while the ones in flight must finish first.
+
+        Raises:
+            StopIteration: there is no more.
+        """
+        job = next(self._stages)
+        if job is not None:
+            self._open[job.id] = job
+        return job
+
+    def _all_jobs(self) -> Iterator[Job | None]:
+        rung = self.config.search.fidelity
+        yield from self._baselines(rung)
+        yield from self._proposals(rung)
+        while self._open:
+            yield None
+        if rung == "zero-shot" and self.config.search.promote:
+            yield from self._baselines("train")
+            yield from self._promotions()
+            while self._open:
+                yield None
+
+    def _baselines(self, rung: str) -> Iterator[Job]:
+        done = {(r.method, r.target, r.rung, r.seed) for r in self._rows}
+        for baseline in self.config.baselines:
+            refs = components_of(baseline)
+            for budget in self.scheduler.budgets:
+                seeds = self.config.search.seeds if rung == "train" else (self.config.search.seed,)
+                missing = [s for s in seeds if (baseline.name, budget.label, rung, s) not in done]
+                if missing:
+                    plan = self.scheduler.plan(refs, None, budget)
+                for seed in missing:
+                    yield self._job(rung, "baseline", baseline.name, budget, seed, plan, refs, {})
+
+    def _proposals(self, rung: str) -> Iterator[Job]:
+        search = self.config.search
+        while self._issued < search.trials:
+            budget = self.scheduler.budgets[self._issued % len(self.scheduler.budgets)]
+            self._issued += 1
+            candidate, plan = self._propose(budget)
+            yield self._job(
+                rung, "search", "search", budget, search.seed, plan, candidate.components, candidate.params
+            )
+
+    def _propose(self, budget: Budget) -> tuple[Candidate, CompressionPlan]:
+        """A point on the budget, preferably one that was not measured yet."""
+        for _ in range(_REPROPOSE):
+            params = self._proposers[budget.label].propose()
+            candidate = self.space.decode(params)
+            plan = self.scheduler.plan(candidate.components, candidate.keep_ratios, budget)
+            signature = _signature(plan_key(plan), _dicts(candidate.components)) + budget.label
+            if signature not in self._seen:
+                break
+        self._seen.add(signature)
+        return Candidate(self.space.at_plan(params, plan), candidate.components, candidate.keep_ratios), plan
+
+    def _promotions(self) -> Iterator[Job]:
+        done = {(r.parent, r.seed) for r in self._rows if r.parent is not None}
+        rows = {r.id: r for r in self._rows}
+        by_id = {b.label: b for b in self.scheduler.budgets}
+        for trial in promoted(self._rows, self.config.search.promote):
+            row = rows[trial]
+            plan = CompressionPlan.from_json((self.store.folder(trial) / "plan.json").read_text())
+            refs = _refs(row.components)
+            for seed in self.config.search.seeds:
+                if (trial, seed) not in done:
+                    yield self._job(
+                        "train", "search", "search", by_id[row.target], seed, plan, refs, row.params_searched, trial
+                    )
+
+    def _job(
+        self,
+        rung: str,
+        origin: str,
+        method: str,
+        budget: Budget,
+        seed: int,
+        plan: CompressionPlan,
+        refs: Mapping[str, ComponentRef],
+        params: Mapping[str, Any],
+        parent: int | None = None,
+    ) -> Job:
+        self._next_id += 1
+        return Job(self._next_id - 1, rung, origin, method, budget, seed, plan, refs, params, parent)
+
+    def finish(self, job_id: int, outcome: Mapping[str, Any]) -> TrialRow:
+        """File what a worker measured (or how it failed)."""
+        job = self._open.pop(job_id)
+        row = self._row(job, outcome)
+        self.store.write_trial(job.id, dict(job.params), job.plan, outcome.get("metrics") or ())
+        self.store.append(row)
+        self._rows.append(row)
+        if job.origin == "search" and job.parent is None:
+            self._tell(row, record=True)
+        return row
+
+    def _row(self, job: Job, outcome: Mapping[str, Any]) -> TrialRow:
+        parts = self.plugins.components(*(job.components[k] for k in ("scorer", "aggregator", "cascade")))
+        price = cost(job.plan, parts)
+        train = self.config.train
+        return TrialRow(
+            id=job.id,
+            state=outcome["state"],
+            method=job.method,
+            origin=job.origin,
+            rung=job.rung,
+            fidelity=outcome.get("steps", 0) if job.rung == "train" else 0,
+            seed=job.seed,
+            target=job.budget.label,
+            macs=price.macs,
+            params=price.params,
+            macs_ratio=price.macs / self.scheduler.dense_cost.macs,
+            limit_macs=job.budget.max_macs,
+            feasible=job.budget.holds(price),
+            tokens=list(job.plan.tokens),
+            plan_key=plan_key(job.plan),
+            **{k: outcome.get(k) for k in ("kl", "accuracy", "test_accuracy", "loss", "failure", "error")},
+            **{kind: job.components[kind].name for kind in KINDS},
+            components=_dicts(job.components),
+            identities={kind: self.plugins.identity(kind, job.components[kind].name) for kind in KINDS}
+            | ({"engine": train.engine} if job.rung == "train" else {}),
+            params_searched=dict(job.params),
+            parent=job.parent,
+            seconds=outcome.get("seconds", 0.0),
+            compute_seconds=outcome.get("compute_seconds", 0.0),
+            finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def _tell(self, row: TrialRow, *, record: bool) -> None:
+        value = row.kl if row.rung == "zero-shot" else row.accuracy
+        attributes = {
+            "trial": row.id,
+            "macs": row.macs,
+            "macs_percent": round(100 * row.macs_ratio, 2),
+            "tokens": row.tokens,
+            "accuracy": row.accuracy,
+            "kl": row.kl,
+        }
+        ok = row.state == "ok" and row.feasible
+        self._proposers[row.target].tell(row.params_searched, value if ok else None, attributes, record=record)
+
+    def _make_proposers(self) -> dict[str, Proposer]:
+        search, told = self.config.search, defaultdict(list)
+        for row in self._rows:
+            if row.origin == "search" and row.parent is None:
+                told[row.target].append(row)
+        self._proposers = {}
+        for index, budget in enumerate(self.scheduler.budgets):
+            label = budget.label
+            proposer = Proposer(
+                self.space.dimensions,
+                sampler=search.sampler,
+                seed=search.seed + 1000 * index + 100_000 * len(told[label]),
+                direction="minimize" if search.fidelity == "zero-shot" else "maximize",
+                storage=self.store.path / "study.journal",
+                study=f"{self.config.name} {label}",
+            )
+            self._proposers[label] = proposer
+            if not told[label]:
+                proposer.start_from(self.space.known_good())
+            for row in told[label]:
+                self._tell(row, record=False)
+        return self._proposers
+
+
+def promoted(rows: Sequence[TrialRow], count: int) -> list[int]:
+    """The best `count` zero-shot proposals per budget and set of components, by KL.
+
+    Zero-shot quality ranks schedules within a method, but not one method against another, so each
+    set of components promotes its own.
+    """
+    groups: dict[tuple[str, ...], list[tuple[float, int]]] = defaultdict(list)
+    searched = [r for r in usable(rows, "zero-shot") if r.origin == "search"]
+    for point in average_seeds(searched):
+        group = (point.target, point.scorer, point.aggregator, point.cascade, point.distiller)
+        groups[group].append((-quality(point), point.id))
+    return [trial for members in groups.values() for _, trial in sorted(members)[:count]]
+
+
+def components_of(baseline: Baseline) -> dict[str, ComponentRef]:
+    """The four components of a baseline."""
+    return {kind: getattr(baseline, kind)[0] for kind in KINDS}
+
+
+def _dicts(refs: Mapping[str, ComponentRef]) -> dict[str, Any]:
+    return {kind: ref.to_dict() for kind, ref in refs.items()}
+
+
+def _refs(components: Mapping[str, Any]) -> dict[str, ComponentRef]:
+    return {
+        kind: ComponentRef(value["name"], {k: v for k, v in value.items() if k != "name"})
+        for kind, value in components.items()
+    }
+
+
+def _signature(key: str, components: Mapping[str, Any]) -> str:
+    """Equal for trials that would measure the same thing."""
+    return key + repr(sorted((k, sorted(v.items())) for k, v in components.items()))
+
+
+def elapsed(start: float) -> float:
+    """Seconds since a `time.monotonic()`."""
+    return time.monotonic() - start

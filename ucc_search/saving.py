@@ -1,0 +1,74 @@
+"""Save a compressed model as safetensors plus `arch.json`, and rebuild it without unpickling anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ucc_search.compress import compress
+from ucc_search.config import ModelConfig
+from ucc_search.errors import ModelError
+from ucc_search.interfaces import ComponentRef
+from ucc_search.models import build_model, load_weights
+from ucc_search.plan import CompressionPlan
+from ucc_search.plugins import Plugins
+
+ARCH = "arch.json"
+WEIGHTS = "model.safetensors"
+ARCH_FORMAT = 1
+
+
+def arch_of(
+    model: ModelConfig, components: Mapping[str, ComponentRef], identities: Mapping[str, Any], sources: Any
+) -> dict[str, Any]:
+    """What `arch.json` needs beside the plan: the dense model and the components, by name."""
+    return {
+        "format": ARCH_FORMAT,
+        "model": {"name": model.name, "args": dict(model.args)},
+        "components": {k: components[k].to_dict() for k in ("scorer", "aggregator", "cascade")},
+        "identities": dict(identities),
+        "plugins": list(sources),
+    }
+
+
+def save_model(model: nn.Module, folder: Path, plan: CompressionPlan, arch: Mapping[str, Any]) -> None:
+    """Write `model.safetensors` and `arch.json` into `folder`."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ARCH).write_text(json.dumps({**arch, "plan": plan.to_dict()}, indent=1), encoding="utf-8")
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Module:
+    """Rebuild a saved model, in eval mode. Runs no pickle; components of plugins need their plugin.
+
+    Raises:
+        ModelError: the folder holds no saved model, or one of another format.
+    """
+    folder = Path(folder)
+    path = folder / ARCH
+    if not path.is_file():
+        raise ModelError(f"{folder}: no {ARCH}; give the folder of a trained trial, for example RUN/trials/12")
+    try:
+        arch = json.loads(path.read_text(encoding="utf-8"))
+        if arch["format"] != ARCH_FORMAT:
+            raise ModelError(f"{path}: format {arch['format']}, expected {ARCH_FORMAT}; upgrade ucc-search")
+        plan = CompressionPlan.from_dict(arch["plan"])
+        refs = {k: ComponentRef(v["name"], {n: p for n, p in v.items() if n != "name"}) for k, v in arch["components"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: not readable ({type(error).__name__}: {error})") from None
+    known = plugins or Plugins.load(arch.get("plugins", ()))
+    dense = build_model(
+        ModelConfig(name=arch["model"]["name"], args=arch["model"]["args"]),
+        classes=plan.shape.classes,
+        channels=plan.shape.channels,
+    )
+    model = compress(dense, plan, known.components(**refs))
+    load_weights(model, folder)
+    return model.eval()

@@ -1,0 +1,219 @@
+"""Run a campaign: on Ray Tune, or in this process. The only importer of ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ucc_search.campaign import Campaign, Job, Scheduler
+from ucc_search.config import RunConfig, dump_config
+from ucc_search.errors import RunError
+from ucc_search.interfaces import Components
+from ucc_search.plan import CompressionPlan
+from ucc_search.plugins import Plugins
+from ucc_search.shapes import model_shape
+from ucc_search.space import SearchSpace
+from ucc_search.store import Run, RunStore, TrialRow, environment
+
+Log = Callable[[str], None]
+
+
+class Interrupted(Exception):
+    """The user stopped the run; what was finished is kept and the run can be resumed."""
+
+
+def search(
+    config: RunConfig,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    plugins: Plugins | None = None,
+    log: Log = lambda text: None,
+) -> Run:
+    """Carry out a whole run; the same as `ucc-search search`.
+
+    Args:
+        config: as `load_config` returns it.
+        out: the run folder; `results/<name>` by default.
+        resume: go on with the run in that folder.
+        log: gets a line for every event worth telling.
+
+    Raises:
+        UserError: the configuration cannot be run (nothing was written), or the folder is taken.
+        Interrupted: stopped from outside; resumable.
+    """
+    plugins = plugins or Plugins.load(config.plugins)
+    path = Path(out) if out is not None else Path("results") / config.name
+    shape = model_shape(config)
+    scheduler = Scheduler(config, shape, plugins, _bench_evaluate(config, plugins))
+    space = SearchSpace.of(config.space, shape, plugins)
+    check_budgets(config, scheduler, space, plugins)
+    if resume:
+        store = RunStore.resume(path, config)
+    else:
+        _prepare_teacher(config, log)
+        records = [vars(r) for r in plugins.records]
+        store = RunStore.create(path, config, environment(config, records))
+    with store.lock():
+        campaign = Campaign(config, plugins, scheduler, space, store)
+        start = time.monotonic()
+        try:
+            if config.search.executor == "ray":
+                _run_on_ray(campaign, log)
+            else:
+                _run_here(campaign, log)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; continue with --resume --out {path}") from None
+        finally:
+            store.write_tables()
+        log(f"{len(campaign.rows)} trials in {time.monotonic() - start:.0f} s, in {path}")
+    return Run(path)
+
+
+def check_budgets(config: RunConfig, scheduler: Scheduler, space: SearchSpace, plugins: Plugins) -> None:
+    """Refuse a run some part of which could never meet a budget, before anything is measured.
+
+    Raises:
+        BudgetError: naming the reachable range.
+    """
+    from ucc_search.campaign import components_of
+
+    for budget in scheduler.budgets:
+        for candidate in space.corners():
+            cascade = plugins.build("cascade", candidate.components["cascade"])
+            if not cascade.needs_model:
+                scheduler.plan(candidate.components, candidate.keep_ratios, budget)
+        for baseline in config.baselines:
+            refs = components_of(baseline)
+            plugins.check("distiller", refs["distiller"])
+            plugins.build("distiller", refs["distiller"])
+            if not plugins.build("cascade", refs["cascade"]).needs_model:
+                scheduler.plan(refs, None, budget)
+
+
+def _prepare_teacher(config: RunConfig, log: Log) -> None:
+    """Bad data, a bad checkpoint or a wrong class count must show before a folder is made."""
+    from ucc_search.data import load_data
+    from ucc_search.teachers import load_teacher
+
+    load_teacher(config, load_data(config.data, config.train.augment), log=log)
+
+
+def _bench_evaluate(config: RunConfig, plugins: Plugins) -> Callable[..., Any]:
+    """Loads the model in this process only if a cascade must be calibrated."""
+
+    def make(parts: Components, plan: CompressionPlan) -> Any:
+        from ucc_search.workbench import warm_bench
+
+        bench = warm_bench(dump_config(config), plugins.sources, plugins.disabled)
+        return bench.calibrated_accuracy(parts, plan)
+
+    return make
+
+
+def _task(campaign: Campaign, job: Job, threads: int) -> dict[str, Any]:
+    return {
+        "config": dump_config(campaign.config),
+        "plugins": list(campaign.plugins.sources),
+        "disabled": list(campaign.plugins.disabled),
+        "threads": threads,
+        "out": str(campaign.store.folder(job.id).resolve()),
+        "job": job.to_dict(),
+    }
+
+
+def _run_here(campaign: Campaign, log: Log) -> None:
+    from ucc_search.worker import measure
+
+    with contextlib.suppress(StopIteration):
+        while True:
+            job = campaign.next_job()
+            assert job is not None, "one job at a time leaves none in flight"
+            row = campaign.finish(job.id, measure(_task(campaign, job, os.cpu_count() or 1)))
+            log(describe(row, campaign))
+
+
+def _run_on_ray(campaign: Campaign, log: Log) -> None:
+    with _quiet_ray():
+        import ray
+        from ray import tune
+
+        from ucc_search.tuning import CampaignSearcher, SilentReporter, trainable
+
+        search = campaign.config.search
+        started = not ray.is_initialized()
+        if started:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        workers = campaign.config.train.workers
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        at_once = search.concurrency or max(1, cpus // workers)
+        threads = max(1, cpus // (at_once * workers))
+        searcher = CampaignSearcher(campaign, lambda job: _task(campaign, job, threads), log)
+        scratch = campaign.store.path / "ray"
+        try:
+            tuner = tune.Tuner(
+                tune.with_resources(
+                    trainable, {"cpu": workers if at_once * workers <= cpus else 1, "gpu": search.gpus_per_trial}
+                ),
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher, num_samples=-1, max_concurrent_trials=at_once, reuse_actors=True
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=str(scratch.resolve()),
+                    verbose=0,
+                    progress_reporter=SilentReporter(),
+                    checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                ),
+            )
+            tuner.fit()
+        finally:
+            if started:
+                ray.shutdown()
+            shutil.rmtree(scratch, ignore_errors=True)
+        if searcher.problem is not None:
+            raise searcher.problem
+        if not searcher.finished:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Ray prints its own tables and warnings even at verbosity 0; the run has its own lines."""
+    settings = {
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        "TUNE_WARN_THRESHOLD_S": "60",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    yield
+
+
+def describe(row: TrialRow, campaign: Campaign) -> str:
+    """One line for a finished trial."""
+    if row.state != "ok":
+        return f"[{row.id}] {row.method} {row.target} {row.rung}: failed ({row.failure}: {row.error})"
+    values: Mapping[str, float | None] = {"KL": row.kl, "accuracy": row.accuracy}
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
+    return f"[{row.id}] {row.method} {row.target} {row.rung}: {shown}  ({100 * row.macs_ratio:.1f}% of MACs)"
+
+
+def exit_code(run: Run) -> int:
+    """0 if the run has a usable trial, else 1."""
+    return 0 if any(r.state == "ok" and r.feasible for r in run.rows) else 1
+
+
+__all__ = ["Interrupted", "RunError", "check_budgets", "exit_code", "search"]

@@ -1,0 +1,49 @@
+"""A model's shape without waiting for torch: cached on disk by the model's and the data's settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from ucc_search.config import RunConfig
+from ucc_search.plan import ModelShape
+
+
+def cache_folder() -> Path:
+    """Where teachers and shapes are kept between runs; UCC_SEARCH_CACHE moves it."""
+    return Path(os.environ.get("UCC_SEARCH_CACHE", Path.home() / ".cache" / "ucc-search"))
+
+
+def model_shape(config: RunConfig) -> ModelShape:
+    """The shape of the configured model; building it (on the meta device) only if it is not cached.
+
+    Raises:
+        ModelError, DataError: the model or data cannot be used.
+    """
+    path = cache_folder() / "shapes" / f"{_key(config)}.json"
+    try:
+        return ModelShape.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there yet, or of another version
+    from ucc_search.data import load_data
+    from ucc_search.workbench import dense_shape
+
+    splits = load_data(config.data)
+    shape = dense_shape(config, splits.classes, splits.channels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(shape.to_dict()), encoding="utf-8")
+    temporary.replace(path)
+    return shape
+
+
+def _key(config: RunConfig) -> str:
+    parts = [config.model.model_dump(mode="json"), config.data.model_dump(mode="json")]
+    # A folder of images may change, and with it the number of classes.
+    folder = Path(config.data.name.partition(":")[2])
+    stamp = folder.stat().st_mtime_ns if config.data.name.startswith("folder:") and folder.exists() else 0
+    text = json.dumps([parts, stamp, version("timm"), version("ucc-search")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

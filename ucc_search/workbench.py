@@ -1,0 +1,198 @@
+"""One process's warm bench: data, teacher and teacher outputs loaded once, candidates measured on it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ucc_search.budget import with_tokens
+from ucc_search.builtin.distillers import logit_kl
+from ucc_search.compress import compress, set_tokens, shape_of
+from ucc_search.config import RunConfig, parse_config
+from ucc_search.data import Splits, load_data, ordered_batches
+from ucc_search.interfaces import ComponentRef, Components, DistillContext
+from ucc_search.losses import CandidateLoss
+from ucc_search.models import build_model
+from ucc_search.plan import CompressionPlan, ModelShape
+from ucc_search.plugins import Plugins
+from ucc_search.saving import save_model
+from ucc_search.teachers import accuracy, load_teacher
+from ucc_search.train import Worker, device_for_training, fit
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one trial measured; rates from 0 to 1, KL in nats."""
+
+    kl: float | None = None
+    accuracy: float | None = None
+    test_accuracy: float | None = None
+    loss: float | None = None
+    compute_seconds: float = 0.0
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Workbench:
+    """Measures candidates of one run; built once per process.
+
+    Args:
+        config: the resolved space file.
+        plugins: as loaded in the driver.
+    """
+
+    def __init__(
+        self, config: RunConfig, plugins: Plugins, *, log: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.config, self.plugins = config, plugins
+        self.device = device_for_training()
+        self.splits: Splits = load_data(config.data, config.train.augment)
+        self.teacher: nn.Module = load_teacher(config, self.splits, log=log).to(self.device)
+        self.shape: ModelShape = shape_of(self.teacher, config.model.name)
+
+    @functools.cached_property
+    def calibration(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(images, labels, teacher's logits) of the calibration images, which come from select."""
+        batches = ordered_batches(self.splits.select, 250, limit=self.config.data.calibration)
+        with torch.inference_mode():
+            on_device = ((x.to(self.device), y.to(self.device)) for x, y in batches)
+            return [(x, y, self.teacher(x)) for x, y in on_device]
+
+    def zero_shot(self, plan: CompressionPlan, components: Components) -> Measurement:
+        """KL to the teacher and accuracy on the calibration images, without any training."""
+        model = compress(self.teacher, plan, components).eval()
+        start = time.perf_counter()
+        kl, correct, seen = 0.0, 0, 0
+        with torch.inference_mode():
+            for images, labels, teacher_logits in self.calibration:
+                logits = model(images)
+                kl += float(logit_kl(logits, teacher_logits)) * len(labels)
+                correct += int((logits.argmax(1) == labels).sum())
+                seen += len(labels)
+        return Measurement(kl / seen, correct / seen, compute_seconds=time.perf_counter() - start)
+
+    def calibrated_accuracy(self, components: Components, plan: CompressionPlan, images: int = 500) -> Callable:
+        """Accuracy of `plan` with other tokens, on the first calibration images: for calibrated cascades."""
+
+        def evaluate(tokens: Sequence[int]) -> float:
+            model = compress(self.teacher, with_tokens(plan, list(tokens)), components).eval()
+            correct = seen = 0
+            with torch.inference_mode():
+                for batch, labels, _ in self.calibration:
+                    correct += int((model(batch).argmax(1) == labels).sum())
+                    seen += len(labels)
+                    if seen >= images:
+                        break
+            return correct / seen
+
+        return evaluate
+
+    def train(
+        self,
+        plan: CompressionPlan,
+        components: Components,
+        distiller: ComponentRef,
+        *,
+        seed: int,
+        out: Path | None = None,
+        arch: Mapping[str, Any] | None = None,
+        worker: Worker | None = None,
+    ) -> Measurement:
+        """Train the compressed model and measure it on the selection split, then on the test split.
+
+        Args:
+            out: where rank 0 writes weights and `arch.json`.
+            arch: what `arch.json` says of the dense model and the components.
+        """
+        config = self.config.train
+        torch.manual_seed(seed)
+        student = compress(self.teacher, plan, components).requires_grad_(True)
+        built = self.plugins.build("distiller", distiller)
+        module = CandidateLoss(
+            student,
+            self.teacher if built.needs_teacher else None,
+            built,
+            DistillContext(plan, self.shape),
+            label_smoothing=config.label_smoothing,
+            augment=config.augment,
+        )
+        anneal = self._annealing(student, plan) if config.anneal else None
+        start = time.perf_counter()
+        result = fit(module, self.splits.train, config, seed=seed, worker=worker, before_step=anneal)
+        set_tokens(student, plan.tokens)
+        model = (result.averaged or student).float().eval()
+        set_tokens(model, plan.tokens)
+        measured = Measurement(
+            kl=self._kl(model),
+            accuracy=accuracy(model, self.splits.select),
+            test_accuracy=accuracy(model, self.splits.test),
+            loss=sum(result.losses[-20:]) / len(result.losses[-20:]),
+            compute_seconds=time.perf_counter() - start,
+            metrics=_metrics(result.losses, result.parts),
+        )
+        if out is not None and arch is not None and (worker is None or worker.rank == 0):
+            save_model(model, out, plan, arch)
+        return measured
+
+    def _kl(self, model: nn.Module) -> float:
+        with torch.inference_mode():
+            sums = [float(logit_kl(model(x), t)) * len(x) for x, _, t in self.calibration]
+        return sum(sums) / sum(len(x) for x, _, _ in self.calibration)
+
+    def _annealing(self, student: nn.Module, plan: CompressionPlan) -> Callable[[float], None]:
+        """Keep ratios fall by a cosine from 1 to the plan (EViT, section 4.1)."""
+        settings = self.config.train.anneal
+        assert settings is not None
+
+        def before_step(progress: float) -> None:
+            set_tokens(student, annealed_tokens(plan, progress, settings.start, settings.end))
+
+        return before_step
+
+
+def annealed_tokens(plan: CompressionPlan, progress: float, start: float, end: float) -> list[int]:
+    """Whole tokens per block at a share of the training; the plan's own from `end` on."""
+    import math
+
+    if progress >= end:
+        return list(plan.tokens)
+    through = max(0.0, (progress - start) / max(end - start, 1e-9))
+    share = (1 - math.cos(math.pi * through)) / 2
+    dense = plan.shape.tokens
+    return [round(dense + (n - dense) * share) for n in plan.tokens]
+
+
+def _metrics(losses: Sequence[float], parts: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """At most 50 points of the loss curve."""
+    every = max(1, len(losses) // 50)
+    chosen = sorted({*range(0, len(losses), every), len(losses) - 1})
+    return [{"step": i + 1, "loss": losses[i], **parts[i]} for i in chosen]
+
+
+_benches: dict[str, Workbench] = {}
+
+
+def warm_bench(resolved: str, sources: Sequence[str], disabled: Sequence[str]) -> Workbench:
+    """This process's bench for a resolved configuration; a worker keeps only the newest."""
+    import yaml
+
+    key = repr((resolved, tuple(sources), tuple(disabled)))
+    if key not in _benches:
+        _benches.clear()
+        config = parse_config(yaml.safe_load(resolved))
+        _benches[key] = Workbench(config, Plugins.load(sources, disabled=disabled))
+    return _benches[key]
+
+
+def dense_shape(config: RunConfig, classes: int, channels: int) -> ModelShape:
+    """The model's shape without its weights."""
+    unweighted = config.model.model_copy(update={"pretrained": False})
+    with torch.device("meta"):
+        model = build_model(unweighted, classes=classes, channels=channels)
+    return shape_of(model, config.model.name)

@@ -1,0 +1,125 @@
+"""What runs inside a worker process: measure one job on this process's warm bench."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ucc_search.errors import UserError
+from ucc_search.interfaces import ComponentRef
+from ucc_search.plan import CompressionPlan
+from ucc_search.saving import arch_of
+from ucc_search.train import TrainingError, Worker, new_rendezvous
+from ucc_search.workbench import Measurement, Workbench, warm_bench
+
+
+def measure(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Carry out one job; never raises, a failure is an outcome with its class.
+
+    Args:
+        task: `config` (resolved YAML), `plugins` (sources), `disabled`, `threads`, `out` (the
+            trial's folder) and `job` (`campaign.Job.to_dict`).
+
+    Returns:
+        state, failure, error, kl, accuracy, test_accuracy, loss, metrics, seconds, compute_seconds.
+    """
+    start = time.perf_counter()
+    try:
+        torch.set_num_threads(task["threads"])
+        bench = warm_bench(task["config"], task["plugins"], task["disabled"])
+        measured, steps = _measure(bench, task)
+        outcome = _outcome(measured) | {"steps": steps}
+    except Exception as error:  # a candidate's failure must not end the run
+        logging.getLogger(__name__).debug("trial failed", exc_info=True)
+        outcome = {"state": "failed", "failure": failure_class(error), "error": _one_line(error)}
+    return outcome | {"seconds": time.perf_counter() - start}
+
+
+def _measure(bench: Workbench, task: Mapping[str, Any]) -> tuple[Measurement, int]:
+    job = task["job"]
+    plan = CompressionPlan.from_dict(job["plan"])
+    refs = {
+        kind: ComponentRef(value["name"], {k: v for k, v in value.items() if k != "name"})
+        for kind, value in job["components"].items()
+    }
+    parts = bench.plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+    if job["rung"] == "zero-shot":
+        return bench.zero_shot(plan, parts), 0
+    steps = bench.config.train.total_steps(len(bench.splits.train))
+    if bench.config.train.workers > 1:
+        return _train_together(task, bench.config.train.workers), steps
+    return _train(bench, task, plan, refs, None), steps
+
+
+def _train(
+    bench: Workbench,
+    task: Mapping[str, Any],
+    plan: CompressionPlan,
+    refs: Mapping[str, ComponentRef],
+    worker: Worker | None,
+) -> Measurement:
+    parts = bench.plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+    identities = {kind: bench.plugins.identity(kind, ref.name) for kind, ref in refs.items()}
+    arch = arch_of(bench.config.model, refs, identities, bench.plugins.sources)
+    return bench.train(
+        plan, parts, refs["distiller"], seed=task["job"]["seed"], out=Path(task["out"]), arch=arch, worker=worker
+    )
+
+
+def _train_together(task: Mapping[str, Any], world: int) -> Measurement:
+    """Several processes train one candidate; they meet at a file, so no port can clash."""
+    import torch.multiprocessing as processes
+
+    rendezvous = new_rendezvous()
+    result = Path(rendezvous).with_name("result.pt")
+    processes.start_processes(
+        _rank_main, (world, rendezvous, dict(task), str(result)), nprocs=world, start_method="spawn"
+    )
+    return Measurement(**torch.load(result, weights_only=True))
+
+
+def _rank_main(rank: int, world: int, rendezvous: str, task: dict[str, Any], result: str) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(task["threads"])
+    bench = warm_bench(task["config"], task["plugins"], task["disabled"])
+    job = task["job"]
+    refs = {
+        kind: ComponentRef(value["name"], {k: v for k, v in value.items() if k != "name"})
+        for kind, value in job["components"].items()
+    }
+    measured = _train(bench, task, CompressionPlan.from_dict(job["plan"]), refs, Worker(rank, world, rendezvous))
+    if rank == 0:
+        torch.save(measured.__dict__, result)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _outcome(measured: Measurement) -> dict[str, Any]:
+    values = {
+        k: getattr(measured, k)
+        for k in ("kl", "accuracy", "test_accuracy", "loss", "compute_seconds", "metrics")
+    }
+    bad = [k for k in ("kl", "loss") if values[k] is not None and not math.isfinite(values[k])]
+    if bad:
+        return {"state": "failed", "failure": "not_finite", "error": f"{bad[0]} is {values[bad[0]]}"}
+    return {"state": "ok", **values}
+
+
+def failure_class(error: BaseException) -> str:
+    """A word for the table of failures."""
+    if isinstance(error, TrainingError):
+        return "nan_loss"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        return "out_of_memory"
+    return "user_error" if isinstance(error, UserError) else "error"
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
