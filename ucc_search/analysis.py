@@ -1,18 +1,24 @@
-"""What a run's trials say: fronts, picks, comparisons. Pure functions over rows; no pandas, no torch."""
+"""What a run's trials say: fronts, picks, comparisons. Pure functions over rows; no pandas, no torch.
+
+Three rules hold throughout. Only usable trials compete: finished, and within their budget. Trials of
+different fidelity never meet on a front. Choices are made by the selection split (or by KL), never by
+the test accuracy, which rides along for the report.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ucc_search.errors import RunError
 from ucc_search.store import TrialRow
 from ucc_search.units import format_macs, format_params
 
-RUNGS = ("train", "zero-shot")  # most expensive first; rungs never share a front
+RUNGS = ("train", "zero-shot")  # most expensive first
+QUALITIES = ("accuracy", "kl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +26,19 @@ class Point:
     """One architecture under one method, its repeated seeds averaged.
 
     `*_std` is the sample standard deviation over the seeds, None for a single one. Rates are from 0
-    to 1, KL in nats.
+    to 1, KL in nats, MACs and parameters for one image.
     """
 
     id: int  # the first of its trials
+    trials: tuple[int, ...]
+    origin: str
     method: str
     target: str
     rung: str
+    fidelity: int
     seeds: int
+    plan_key: str
+    parent: int | None  # of the first of its trials
     macs: int
     macs_ratio: float
     params: int
@@ -36,6 +47,7 @@ class Point:
     test_accuracy: float | None
     test_accuracy_std: float | None
     kl: float | None
+    kl_std: float | None
     tokens: tuple[int, ...]
     scorer: str
     aggregator: str
@@ -44,94 +56,185 @@ class Point:
 
 
 def usable(rows: Iterable[TrialRow], rung: str | None = None) -> list[TrialRow]:
-    """Finished, feasible trials of one rung; the most expensive rung present by default."""
+    """Finished, feasible trials of one rung, and there of the highest fidelity alone.
+
+    Args:
+        rung: the most expensive one with such a trial by default.
+
+    Raises:
+        RunError: there is no rung of that name.
+    """
+    if rung is not None and rung not in RUNGS:
+        raise RunError(f"rung is {rung!r}, expected one of {', '.join(RUNGS)}")
     good = [r for r in rows if r.state == "ok" and r.feasible and r.origin != "dense"]
     wanted = rung or next((name for name in RUNGS if any(r.rung == name for r in good)), None)
-    return [r for r in good if r.rung == wanted]
+    of_rung = [r for r in good if r.rung == wanted]
+    highest = max((r.fidelity for r in of_rung), default=0)
+    return [r for r in of_rung if r.fidelity == highest]
 
 
-def average_seeds(rows: Sequence[TrialRow]) -> list[Point]:
-    """One point for each method, target, plan and set of components, in the order of the first trial."""
-    groups: dict[tuple[object, ...], list[TrialRow]] = defaultdict(list)
-    for row in rows:
-        groups[(row.method, row.target, row.rung, row.plan_key, repr(sorted(row.components.items())))].append(row)
-    return [_point(group) for group in groups.values()]
+def aggregate_seeds(rows: Iterable[TrialRow]) -> list[Point]:
+    """One point for each plan under one method and set of components, in the order of the first trial.
+
+    Rungs, fidelities and targets are kept apart as well. A seed that was run twice counts once: it is
+    the same measurement, and would make the deviation look smaller than it is.
+    """
+    groups: dict[tuple[object, ...], dict[int, TrialRow]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda r: r.id):
+        key = (row.rung, row.fidelity, row.target, row.method, row.plan_key, _components_key(row))
+        groups[key].setdefault(row.seed, row)
+    return [_point(list(group.values())) for group in groups.values()]
+
+
+average_seeds = aggregate_seeds
+
+
+def _components_key(row: TrialRow) -> tuple[object, ...]:
+    names = (row.scorer, row.aggregator, row.cascade, row.distiller)
+    return (*names, repr(sorted(row.components.items())))
 
 
 def _point(group: Sequence[TrialRow]) -> Point:
-    first = min(group, key=lambda r: r.id)
+    first = group[0]
     accuracy, accuracy_std = _mean_std([r.accuracy for r in group])
     test, test_std = _mean_std([r.test_accuracy for r in group])
+    kl, kl_std = _mean_std([r.kl for r in group])
     return Point(
-        first.id,
-        first.method,
-        first.target,
-        first.rung,
-        len(group),
-        first.macs,
-        first.macs_ratio,
-        first.params,
-        accuracy,
-        accuracy_std,
-        test,
-        test_std,
-        _mean_std([r.kl for r in group])[0],
-        tuple(first.tokens),
-        first.scorer,
-        first.aggregator,
-        first.cascade,
-        first.distiller,
+        id=first.id,
+        trials=tuple(r.id for r in group),
+        origin=first.origin,
+        method=first.method,
+        target=first.target,
+        rung=first.rung,
+        fidelity=first.fidelity,
+        seeds=len(group),
+        plan_key=first.plan_key,
+        parent=first.parent,
+        macs=first.macs,
+        macs_ratio=first.macs_ratio,
+        params=first.params,
+        accuracy=accuracy,
+        accuracy_std=accuracy_std,
+        test_accuracy=test,
+        test_accuracy_std=test_std,
+        kl=kl,
+        kl_std=kl_std,
+        tokens=tuple(first.tokens),
+        scorer=first.scorer,
+        aggregator=first.aggregator,
+        cascade=first.cascade,
+        distiller=first.distiller,
     )
 
 
 def _mean_std(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    known = [v for v in values if v is not None]
+    known = [v for v in values if v is not None and math.isfinite(v)]
     if not known:
         return None, None
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None
 
 
-def quality(point: Point) -> float:
-    """Larger is better: selection accuracy of trained models, minus the KL of untrained ones.
+def dense_reference(rows: Iterable[TrialRow], rung: str | None = None) -> Point | None:
+    """The uncompressed model, if it was measured; on `rung` where it was measured on several."""
+    dense = [r for r in rows if r.origin == "dense" and r.state == "ok"]
+    on_rung = [r for r in dense if r.rung == rung]
+    return next(iter(aggregate_seeds(on_rung or dense)), None)
 
-    The test accuracy plays no part.
+
+def quality(point: Point, by: str | None = None) -> float:
+    """Larger is better: selection accuracy, or minus the KL; minus infinity where it was not measured.
+
+    Args:
+        by: `accuracy` or `kl`; by default accuracy of trained models and KL of untrained ones.
+
+    Raises:
+        RunError: another `by`; the test accuracy in particular may not choose.
     """
-    value = point.accuracy if point.rung == "train" else (None if point.kl is None else -point.kl)
+    by = by or ("accuracy" if point.rung == "train" else "kl")
+    if by not in QUALITIES:
+        raise RunError(f"by is {by!r}, expected one of {', '.join(QUALITIES)} (the test split never chooses)")
+    value = point.accuracy if by == "accuracy" else (None if point.kl is None else -point.kl)
     return -math.inf if value is None else value
 
 
-def pareto_front(rows: Sequence[TrialRow], rung: str | None = None) -> list[Point]:
-    """Points that no other matches at fewer MACs, cheapest first; of equal points the first trial.
+def measured(rows: Iterable[TrialRow], rung: str | None = None, by: str | None = None) -> list[Point]:
+    """Points of the usable trials whose quality was measured."""
+    return [p for p in aggregate_seeds(usable(rows, rung)) if quality(p, by) > -math.inf]
 
-    The dense model is a reference, not a candidate, and takes no part.
+
+def pareto_front(rows: Iterable[TrialRow], rung: str | None = None, by: str | None = None) -> list[Point]:
+    """Points that no other matches at fewer or equal MACs, cheapest first; of equal points the first.
+
+    The dense model takes no part. It is the reference that candidates are compared with, was not
+    trained as they were, and would end every front although no budget asked for it; reports show it
+    beside the front (`dense_reference`).
     """
-    points = sorted(average_seeds(usable(rows, rung)), key=lambda p: (p.macs, -quality(p), p.id))
+    return front_of(measured(rows, rung, by), by)
+
+
+def front_of(points: Iterable[Point], by: str | None = None) -> list[Point]:
+    """The undominated ones of points of one fidelity, cheapest first."""
     front: list[Point] = []
-    for point in points:
-        if quality(point) > (quality(front[-1]) if front else -math.inf):
+    for point in sorted(points, key=lambda p: (p.macs, -quality(p, by), p.id)):
+        if not front or quality(point, by) > quality(front[-1], by):
             front.append(point)
     return front
 
 
-def knee(front: Sequence[Point]) -> Point | None:
-    """The point farthest above the line between the front's ends, both axes scaled to 0..1."""
+def knee(front: Sequence[Point], by: str | None = None) -> Point | None:
+    """The point farthest above the line between the front's ends, both axes scaled to 0..1.
+
+    None where no point is above it: the trade is then even, or gets better with every MAC.
+    """
     if len(front) < 3:
         return None
     first, last = front[0], front[-1]
     width = last.macs - first.macs
-    height = quality(last) - quality(first)
-    return max(front, key=lambda p: (quality(p) - quality(first)) / height - (p.macs - first.macs) / width)
+    height = quality(last, by) - quality(first, by)
+
+    def above(p: Point) -> float:
+        return (quality(p, by) - quality(first, by)) / height - (p.macs - first.macs) / width
+
+    best = max(front[1:-1], key=above)
+    return best if above(best) > 1e-9 else None
 
 
-def hypervolume(front: Sequence[Point], *, max_macs: int, worst_quality: float) -> float:
-    """Area dominated by the front up to a reference point, in MACs times quality."""
-    area, best = 0.0, worst_quality
-    for point in front:
-        gain = quality(point) - best
-        if gain > 0 and point.macs < max_macs:
-            area += (max_macs - point.macs) * gain
-            best = quality(point)
+def hypervolume(front: Iterable[Point], reference: tuple[float, float], by: str | None = None) -> float:
+    """Area that the front dominates, in MACs times accuracy (or nats).
+
+    Args:
+        front: any points; dominated ones and those beyond the reference add nothing.
+        reference: (MACs, quality) of a point worse than all that should count.
+    """
+    max_macs, level = reference
+    area = 0.0
+    for point in front_of(front, by):
+        if point.macs < max_macs and quality(point, by) > level:
+            area += (max_macs - point.macs) * (quality(point, by) - level)
+            level = quality(point, by)
     return area
+
+
+def hypervolume_reference(rows: Sequence[TrialRow], rung: str | None = None) -> tuple[float, float] | None:
+    """(MACs of the dense model, worst quality measured) over a whole run, so that histories compare."""
+    points = measured(rows, rung)
+    if not points:
+        return None
+    dense = dense_reference(rows)
+    most = max(p.macs for p in points)
+    return float(max(dense.macs, most) if dense else most), min(quality(p) for p in points)
+
+
+def hypervolume_history(rows: Sequence[TrialRow], rung: str | None = None) -> list[tuple[int, float]]:
+    """(trial id, hypervolume once it had finished) over the usable trials, in the order they finished.
+
+    It falls only where a further seed lowers the mean of a point on the front.
+    """
+    reference = hypervolume_reference(rows, rung)
+    if reference is None:
+        return []
+    done = usable(rows, rung)
+    return [(row.id, hypervolume(measured(done[: i + 1], rung), reference)) for i, row in enumerate(done)]
 
 
 def best_under(
@@ -143,33 +246,45 @@ def best_under(
 ) -> TrialRow:
     """The first trial of the best point within the limits.
 
+    The point is chosen by its mean over seeds. Of its trials the first is returned, not the luckiest.
+
+    Args:
+        where: what the error names.
+
     Raises:
         RunError: there is none; names the smallest there is.
     """
-    points = average_seeds(usable(rows))
+    points = measured(rows)
     if not points:
-        raise RunError(f"{where}: no usable trial yet; see ucc-search analyze for failures")
+        raise RunError(f"{where}: no usable trial yet; ucc-search analyze shows what failed and why")
     within = [
         p
         for p in points
         if (max_macs is None or p.macs <= max_macs) and (max_params is None or p.params <= max_params)
     ]
     if not within:
-        least = min(points, key=lambda p: (p.macs, p.params))
-        raise RunError(
-            f"{where}: no trial fits; the smallest has {format_macs(least.macs)} and {format_params(least.params)}"
-        )
-    best = max(within, key=lambda p: (quality(p), -p.macs, -p.id))
+        raise _none_fits(points, max_macs, max_params, where)
+    best = max(within, key=lambda p: (quality(p), -p.macs, -p.params, -p.id))
     return next(r for r in rows if r.id == best.id)
 
 
-def compare_methods(rows: Sequence[TrialRow], rung: str | None = None) -> list[Point]:
+def _none_fits(points: Sequence[Point], max_macs: int | None, max_params: int | None, where: str) -> RunError:
+    asked = [] if max_macs is None else [format_macs(max_macs)]
+    asked += [] if max_params is None else [format_params(max_params)]
+    least = format_macs(min(p.macs for p in points)), format_params(min(p.params for p in points))
+    return RunError(
+        f"{where}: no trial fits {' and '.join(asked)}; the fewest of any trial are {least[0]} "
+        f"and {least[1]}; allow more, or search again with a smaller budget"
+    )
+
+
+def compare_methods(rows: Iterable[TrialRow], rung: str | None = None) -> list[Point]:
     """The best point of every method at every target, best method first within a target.
 
     The search's entry is chosen by selection quality, as any user would choose it.
     """
     best: dict[tuple[str, str], Point] = {}
-    for point in average_seeds(usable(rows, rung)):
+    for point in measured(rows, rung):
         key = (point.target, point.method)
         if key not in best or quality(point) > quality(best[key]):
             best[key] = point
@@ -177,34 +292,65 @@ def compare_methods(rows: Sequence[TrialRow], rung: str | None = None) -> list[P
     return sorted(best.values(), key=lambda p: (targets.index(p.target), -quality(p)))
 
 
-def failures(rows: Sequence[TrialRow]) -> dict[str, int]:
-    """Failed trials by class."""
-    return dict(Counter(r.failure or "error" for r in rows if r.state == "failed"))
+def failures_by_class(rows: Iterable[TrialRow]) -> dict[str, int]:
+    """Failed trials by class, the most frequent first."""
+    return dict(Counter(r.failure or "error" for r in rows if r.state == "failed").most_common())
 
 
-def rung_correlation(rows: Sequence[TrialRow]) -> float | None:
-    """Spearman correlation of zero-shot quality with trained accuracy over what was measured on both.
+@dataclass(frozen=True, slots=True)
+class RankCorrelation:
+    """Spearman correlation of zero-shot quality (minus KL) with trained accuracy.
 
-    1 means that the cheap rung ranks as training does; None below three pairs.
+    1: the cheap rung ranks as training does. None: fewer than three pairs, or one side does not vary.
+    Values over several budgets are flattered by them, since more MACs help on both rungs;
+    `by_target` is free of that.
     """
-    cheap = {_same(p): quality(p) for p in average_seeds(usable(rows, "zero-shot"))}
-    pairs = [
-        (cheap[_same(p)], quality(p)) for p in average_seeds(usable(rows, "train")) if _same(p) in cheap
-    ]
-    if len(pairs) < 3:
-        return None
-    return spearman([a for a, _ in pairs], [b for _, b in pairs])
+
+    pairs: int
+    across: float | None  # all methods and targets together
+    within: dict[str, float | None]  # by method
+    by_target: dict[str, float | None]  # all methods at one budget
 
 
-def _same(point: Point) -> tuple[object, ...]:
-    return (point.method, point.target, point.tokens, point.scorer, point.aggregator)
+def rank_correlation(rows: Sequence[TrialRow]) -> RankCorrelation:
+    """How well zero-shot KL foretold trained accuracy, over what was measured on both rungs."""
+    pairs = _measured_twice(rows)
+
+    def over(method: str | None = None, target: str | None = None) -> float | None:
+        chosen = [x for x in pairs if method in (None, x[0].method) and target in (None, x[0].target)]
+        return spearman([-kl for _, kl in chosen], [quality(p, "accuracy") for p, _ in chosen])
+
+    return RankCorrelation(
+        pairs=len(pairs),
+        across=over(),
+        within={m: over(method=m) for m in dict.fromkeys(p.method for p, _ in pairs)},
+        by_target={t: over(target=t) for t in dict.fromkeys(p.target for p, _ in pairs)},
+    )
+
+
+def _measured_twice(rows: Sequence[TrialRow]) -> list[tuple[Point, float]]:
+    """Trained points with their zero-shot KL.
+
+    That of the parent; for a baseline, which is promoted from nothing, that of the same plan.
+    """
+    cheap = [r for r in usable(rows, "zero-shot") if r.kl is not None]
+    by_id = {r.id: r.kl for r in cheap}
+    by_plan = {(r.method, r.target, r.plan_key): r.kl for r in cheap}
+    pairs = []
+    for point in measured(rows, "train", "accuracy"):
+        same = by_plan.get((point.method, point.target, point.plan_key))
+        kl = same if point.parent is None else by_id.get(point.parent)
+        if kl is not None:
+            pairs.append((point, kl))
+    return pairs
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Rank correlation, ties averaged; None where one side does not vary."""
-    ranks_a, ranks_b = _ranks(a), _ranks(b)
+    """Rank correlation, ties averaged; None below three pairs or where one side does not vary."""
+    if len(a) < 3:
+        return None
     try:
-        return statistics.correlation(ranks_a, ranks_b)
+        return statistics.correlation(_ranks(a), _ranks(b))
     except statistics.StatisticsError:
         return None
 
@@ -215,11 +361,3 @@ def _ranks(values: Sequence[float]) -> list[float]:
         return below + (sum(v == value for v in values) + 1) / 2
 
     return [rank(v) for v in values]
-
-
-def by(rows: Iterable[TrialRow], key: Callable[[TrialRow], str]) -> dict[str, list[TrialRow]]:
-    """Rows grouped by a text, in order of appearance."""
-    groups: dict[str, list[TrialRow]] = defaultdict(list)
-    for row in rows:
-        groups[key(row)].append(row)
-    return dict(groups)

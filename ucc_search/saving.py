@@ -15,7 +15,7 @@ from ucc_search.errors import ModelError
 from ucc_search.interfaces import ComponentRef
 from ucc_search.models import build_model, load_weights
 from ucc_search.plan import CompressionPlan
-from ucc_search.plugins import Plugins
+from ucc_search.plugins import BUILTIN, Plugins
 
 ARCH = "arch.json"
 WEIGHTS = "model.safetensors"
@@ -63,7 +63,9 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
         refs = {k: ComponentRef(v["name"], {n: p for n, p in v.items() if n != "name"}) for k, v in arch["components"].items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: not readable ({type(error).__name__}: {error})") from None
-    known = plugins or Plugins.load(arch.get("plugins", ()))
+    # A model of built-in components must load where the run's local plugins do not exist.
+    foreign = any(i.get("plugin") not in (None, BUILTIN) for i in arch.get("identities", {}).values())
+    known = plugins or Plugins.load(arch.get("plugins", ()) if foreign else ())
     dense = build_model(
         ModelConfig(name=arch["model"]["name"], args=arch["model"]["args"]),
         classes=plan.shape.classes,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
+import math
 import os
-import platform
-import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ucc_search.config import RunConfig, dump_config, load_config
+from ucc_search.environment import environment as environment
 from ucc_search.errors import RunError, did_you_mean
 from ucc_search.plan import CompressionPlan
 
@@ -42,7 +42,7 @@ class TrialRow:
     rung: str  # zero-shot or train
     fidelity: int  # optimiser steps; 0 is zero-shot
     seed: int
-    target: str  # the budget as the user wrote it
+    target: str  # the budget as the user wrote it, for example macs=50%
     macs: int
     params: int
     macs_ratio: float  # of the dense model
@@ -50,23 +50,28 @@ class TrialRow:
     feasible: bool
     tokens: list[int]  # patch tokens after each block
     plan_key: str
-    kl: float | None = None
+    kl: float | None = None  # mean KL(teacher || student) on the calibration images
     accuracy: float | None = None  # on the selection split: what choices are made by
-    test_accuracy: float | None = None  # for the report only
-    loss: float | None = None
+    test_accuracy: float | None = None  # for the report only, never for a choice
+    loss: float | None = None  # at the end of training
     scorer: str = ""
     aggregator: str = ""
     cascade: str = ""
     distiller: str = ""
-    components: dict[str, Any] = field(default_factory=dict)
-    identities: dict[str, Any] = field(default_factory=dict)
+    components: dict[str, Any] = field(default_factory=dict)  # kind to name and parameters
+    identities: dict[str, Any] = field(default_factory=dict)  # kind to package, version and hash
     params_searched: dict[str, Any] = field(default_factory=dict)
     parent: int | None = None  # the zero-shot trial this one was promoted from
-    failure: str | None = None
-    error: str | None = None
+    failure: str | None = None  # nan_loss, out_of_memory, plugin_error, timeout or error
+    error: str | None = None  # one line
     seconds: float = 0.0
-    compute_seconds: float = 0.0  # forward and training passes alone
-    finished_at: str = ""
+    compute_seconds: float | None = None  # forward and training passes alone
+    overhead_seconds: float | None = None  # all the rest; from the two above where not given
+    finished_at: str = ""  # ISO 8601, UTC
+
+    def __post_init__(self) -> None:
+        if self.overhead_seconds is None and self.compute_seconds is not None:
+            object.__setattr__(self, "overhead_seconds", max(0.0, self.seconds - self.compute_seconds))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,61 +91,65 @@ def plan_key(plan: CompressionPlan) -> str:
 class RunStore:
     """Writes and reads one run folder. `trials.jsonl` is the truth; every table is derived from it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._reserved = 0  # ids below this were handed out by this object
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig, environment: Mapping[str, Any]) -> RunStore:
+    def create(cls, path: str | Path, config: RunConfig, environment: Mapping[str, Any]) -> RunStore:
         """Start a run folder.
 
         Raises:
-            RunError: the folder already holds something.
+            RunError: the folder already holds something, or cannot be written.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(f"{path} already exists; continue it with --resume, or choose another --out")
+        path = Path(path)
         try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise RunError(f"{path} already exists; continue it with --resume, or choose another --out")
             path.mkdir(parents=True, exist_ok=True)
-            _replace(path / CONFIG, dump_config(config))
-            _replace(path / ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
+            _replace(path / ENVIRONMENT, _json(environment, indent=1) + "\n")
+            _replace(path / CONFIG, dump_config(config))  # last: it is what makes the folder a run
         except OSError as error:
             raise RunError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
         return cls(path)
 
     @classmethod
-    def open(cls, path: Path) -> RunStore:
-        """An existing run folder.
-
-        Raises:
-            RunError: it is none.
-        """
+    def open(cls, path: str | Path) -> RunStore:
+        """An existing run folder; RunError if it is none."""
+        path = Path(path)
         if not (path / CONFIG).is_file():
-            siblings = [p.name for p in path.parent.glob("*/") if (p / CONFIG).is_file()] if path.parent.is_dir() else []
-            near = did_you_mean(path.name, siblings)
-            raise RunError(f"{path}: not a run folder (it has no {CONFIG}){near}; make one with ucc-search search")
+            runs = [p.parent.name for p in path.parent.glob(f"*/{CONFIG}")]
+            raise RunError(
+                f"{path}: not a run folder (it has no {CONFIG}){did_you_mean(path.name, runs)}; "
+                "make one with ucc-search search"
+            )
         return cls(path)
 
     @classmethod
-    def resume(cls, path: Path, config: RunConfig) -> RunStore:
+    def resume(cls, path: str | Path, config: RunConfig) -> RunStore:
         """An existing run folder, whose configuration must still be the same.
 
         Raises:
-            RunError: naming the first key that differs.
+            RunError: naming the first key that differs, or a search is writing to the run.
         """
         store = cls.open(path)
-        before = _flat(yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")))
+        # Both through the reader, so that a key added since with a default is no difference.
+        before = _flat(yaml.safe_load(dump_config(store.config())))
         now = _flat(yaml.safe_load(dump_config(config)))
-        for key in sorted({*before, *now}):
+        for key in dict.fromkeys((*before, *now)):
             if key not in MAY_CHANGE and before.get(key) != now.get(key):
+                was, became = (repr(d[key]) if key in d else "not set" for d in (before, now))
                 raise RunError(
-                    f"{path} was made with {key}: {before.get(key)!r}, now it is {now.get(key)!r}; "
+                    f"{path} was made with {key}: {was}, now it is {became}; "
                     "set it back to resume, or start a new run with another --out"
                 )
-        _replace(path / CONFIG, dump_config(config))
+        with store.lock():
+            _replace(store.path / CONFIG, dump_config(config))
         return store
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a search writes here.
+        """Held while a search writes here; the system frees it when the process ends, however it ends.
 
         Raises:
             RunError: another process holds it.
@@ -151,7 +160,13 @@ class RunStore:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise RunError(f"{self.path}: another ucc-search is writing to this run; wait for it or stop it") from None
+            raise RunError(
+                f"{self.path}: another ucc-search is writing to this run; wait for it or stop it"
+            ) from None
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another --out"
+            ) from None
         try:
             yield
         finally:
@@ -161,64 +176,84 @@ class RunStore:
         return load_config(self.path / CONFIG)
 
     def rows(self) -> list[TrialRow]:
-        """All finished trials, in the order they finished; a line torn by a kill is left out."""
-        return [TrialRow.from_dict(data) for data in self._lines()[0]]
+        """All finished trials, in the order they finished; a last line torn by a kill is left out.
+
+        Raises:
+            RunError: another line is damaged.
+        """
+        rows = []
+        for number, data in enumerate(self._lines()[0], start=1):
+            try:
+                rows.append(TrialRow.from_dict(data))
+            except (TypeError, AttributeError) as error:
+                raise RunError(f"{self.path / TRIALS}: line {number} is not a trial ({error})") from None
+        return rows
+
+    def next_id(self) -> int:
+        """An id that no finished trial has, and that this object has not handed out before."""
+        after_last = 1 + max((row.id for row in self.rows()), default=-1)
+        chosen = max(after_last, self._reserved)
+        self._reserved = chosen + 1
+        return chosen
 
     def append(self, row: TrialRow) -> None:
-        """Record a finished trial for good: flushed to the disk before this returns."""
-        path = self.path / TRIALS
+        """Record a finished trial for good: on the disk before this returns. NaN and infinity become null."""
         whole = self._lines()[1]
-        with open(path, "ab") as file:
+        with open(self.path / TRIALS, "ab") as file:
             if file.tell() != whole:
                 file.truncate(whole)
-            file.write((json.dumps(row.to_dict(), allow_nan=False) + "\n").encode())
+            file.write((_json(row.to_dict()) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
 
-    def _lines(self) -> tuple[list[dict[str, Any]], int]:
+    def _lines(self) -> tuple[list[Any], int]:
         """Parsed lines, and the number of bytes they take up."""
         path = self.path / TRIALS
         if not path.is_file():
             return [], 0
-        parsed, whole = [], 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                if not line.endswith(b"\n"):
-                    break
-                parsed.append(json.loads(line))
-            except ValueError:
-                break
-            whole += len(line)
-        return parsed, whole
+        lines = path.read_bytes().splitlines(keepends=True)
+        if lines and not _whole(lines[-1]):
+            lines.pop()
+        try:
+            return [json.loads(line) for line in lines], sum(map(len, lines))
+        except ValueError:
+            # Only the last line can be torn by a kill; dropping this one would drop those after it too.
+            bad = next(n for n, line in enumerate(lines, start=1) if not _whole(line))
+            raise RunError(f"{path}: line {bad} is damaged; delete that line to go on without it") from None
 
     def folder(self, trial: int) -> Path:
         return self.path / "trials" / str(trial)
 
     def write_trial(
-        self, trial: int, params: Mapping[str, Any], plan: CompressionPlan, metrics: Sequence[Mapping[str, Any]]
+        self,
+        trial: int,
+        params: Mapping[str, Any],
+        plan: CompressionPlan | str,
+        metrics: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """The trial's own folder: parameters, plan and loss curve."""
+        """The trial's own folder: parameters, plan (or its JSON text) and loss curve."""
         folder = self.folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "params.json", json.dumps(params, indent=1) + "\n")
-        _replace(folder / "plan.json", plan.to_json() + "\n")
-        if metrics:
-            _replace(folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
+        _replace(folder / "params.json", _json(params, indent=1) + "\n")
+        _replace(folder / "plan.json", (plan if isinstance(plan, str) else plan.to_json()).rstrip() + "\n")
+        # Written even when empty: a killed trial may have left a curve under the same id.
+        _replace(folder / "metrics.jsonl", "".join(_json(m) + "\n" for m in metrics))
+
+    write_trial_files = write_trial
 
     def write_tables(self) -> None:
-        """`trials.csv`, `trials.parquet` and `pareto.csv`, each replaced as a whole."""
+        """`trials.csv`, `trials.parquet` and `pareto.csv`, each replaced as a whole.
+
+        Lists and mappings are JSON text in them.
+        """
         run = Run(self.path)
-        frame = run.trials()
-        if frame.empty:
-            return
-        flat = frame.copy()
-        for column in flat.columns[flat.map(lambda v: isinstance(v, list | dict)).any()]:
-            flat[column] = flat[column].map(json.dumps)
-        _replace(self.path / "trials.csv", flat.to_csv(index=False))
-        temporary = self.path / "trials.parquet.part"
-        flat.to_parquet(temporary, index=False)
-        temporary.replace(self.path / "trials.parquet")
-        _replace(self.path / "pareto.csv", run.pareto().to_csv(index=False))
+        trials = _with_json_text(run.trials())
+        _replace(self.path / "trials.csv", trials.to_csv(index=False))
+        with _replacing(self.path / "trials.parquet") as temporary:
+            trials.to_parquet(temporary, index=False)
+        _replace(self.path / "pareto.csv", _with_json_text(run.pareto()).to_csv(index=False))
+
+    write_views = write_tables
 
 
 class Run:
@@ -239,89 +274,124 @@ class Run:
 
     @property
     def rows(self) -> list[TrialRow]:
+        """All finished trials, read anew each time."""
         return self._store.rows()
 
     def trials(self) -> pd.DataFrame:
         """One row a trial; the columns are the fields of `TrialRow`."""
-        import pandas as pd
+        return _frame(self.rows, TrialRow)
 
-        return pd.DataFrame([r.to_dict() for r in self.rows], columns=[f.name for f in fields(TrialRow)])
+    def pareto(self, rung: str | None = None, by: str | None = None) -> pd.DataFrame:
+        """The front of one rung, repeated seeds averaged, cheapest first.
 
-    def pareto(self, rung: str | None = None) -> pd.DataFrame:
-        """The front of one rung (the most expensive one present, by default), repeated seeds averaged.
+        Args:
+            rung: `train` or `zero-shot`; the most expensive one present by default.
+            by: `accuracy` or `kl`; by default accuracy of trained models and KL of untrained ones.
 
-        Columns: those of `analysis.Point`.
+        Returns:
+            Columns are the fields of `analysis.Point`. The dense model is not among the rows.
         """
-        import pandas as pd
-
         from ucc_search.analysis import Point, pareto_front
 
-        front = pareto_front(self.rows, rung)
-        return pd.DataFrame([asdict(p) for p in front], columns=[f.name for f in fields(Point)])
+        return _frame(pareto_front(self.rows, rung, by), Point)
 
-    def pick(self, *, max_macs: int | None = None, max_params: int | None = None) -> TrialRow:
+    def pick(self, *, max_macs: int | str | None = None, max_params: int | str | None = None) -> TrialRow:
         """The best trial under these limits, by selection accuracy (by KL in a zero-shot run).
+
+        Args:
+            max_macs: for one image, a number or a text such as "2.1G"; likewise `max_params`.
 
         Raises:
             RunError: no trial fits.
+            BudgetError: a limit is no amount.
         """
         from ucc_search.analysis import best_under
+        from ucc_search.units import parse_amount
 
-        return best_under(self.rows, max_macs=max_macs, max_params=max_params, where=str(self.path))
+        macs = None if max_macs is None else parse_amount(max_macs, key="max_macs")
+        params = None if max_params is None else parse_amount(max_params, key="max_params")
+        return best_under(self.rows, max_macs=macs, max_params=params, where=str(self.path))
+
+    def summary(self) -> dict[str, Any]:
+        """The run in a few numbers; JSON-able."""
+        rows = self.rows
+        return {
+            "path": str(self.path),
+            "name": self.config.name,
+            "model": self.config.model.name,
+            "data": self.config.data.name,
+            "trials": len(rows),
+            "ok": sum(r.state == "ok" for r in rows),
+            "failed": sum(r.state == "failed" for r in rows),
+            "infeasible": sum(r.state == "ok" and not r.feasible for r in rows),
+            "rungs": dict(Counter(r.rung for r in rows)),
+            "targets": list(dict.fromkeys(r.target for r in rows if r.origin != "dense")),
+            "seconds": sum(r.seconds for r in rows),
+        }
 
 
 def load_run(path: str | Path) -> Run:
-    """Open a run folder for reading.
-
-    Raises:
-        RunError: it is none.
-    """
+    """Open a run folder for reading; RunError if it is none."""
     return Run(path)
 
 
-def environment(config: RunConfig, plugins: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Versions, commit, hardware, seeds and plugins: what a run depends on besides its space file."""
-    packages = ("ucc-search", "torch", "torchvision", "timm", "optuna", "ray", "deepspeed", "pandas")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "versions": {p: _version(p) for p in packages},
-        "commit": _commit(),
-        "seed": config.search.seed,
-        "seeds": list(config.search.seeds),
-        "plugins": list(plugins),
-    }
-
-
-def _version(package: str) -> str | None:
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`: readers see the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".part")
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, if it is one."""
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _replace(path: Path, text: str) -> None:
-    """Readers see the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON that any reader takes. A trial is never lost to an odd value: what JSON lacks becomes text."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _whole(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _frame(items: Sequence[Any], kind: type) -> pd.DataFrame:
+    """A table of dataclasses, with the same column types however many values are missing."""
+    import pandas as pd
+
+    types = {"int | None": "Int64", "int": "int64", "float": "float64", "float | None": "float64"}
+    frame = pd.DataFrame([asdict(item) for item in items], columns=[f.name for f in fields(kind)])
+    return frame.astype({f.name: types[str(f.type)] for f in fields(kind) if f.type in types})
+
+
+def _with_json_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """Lists and mappings as text, which csv and parquet both keep."""
+    nested = [c for c in frame.columns if frame[c].map(lambda v: isinstance(v, list | tuple | dict)).any()]
+    return frame.assign(**{c: frame[c].map(json.dumps) for c in nested})
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(data, dict):
+    """Leaves by dotted key; a list of plain values is one leaf."""
+    if isinstance(data, dict):
+        parts = {f"{prefix}.{k}" if prefix else str(k): v for k, v in data.items()}
+    elif isinstance(data, list) and any(isinstance(v, dict) for v in data):
+        parts = {f"{prefix}[{i}]": v for i, v in enumerate(data)}
+    else:
         return {prefix: data}
-    return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}.{key}" if prefix else key).items()}
+    return {k: v for name, part in parts.items() for k, v in _flat(part, name).items()}

@@ -186,7 +186,7 @@ def warm_bench(resolved: str, sources: Sequence[str], disabled: Sequence[str]) -
     if key not in _benches:
         _benches.clear()
         config = parse_config(yaml.safe_load(resolved))
-        _benches[key] = Workbench(config, Plugins.load(sources, disabled=disabled))
+        _benches[key] = Workbench(config, Plugins.load(sources, disabled=disabled, environment=False))
     return _benches[key]
 
 
