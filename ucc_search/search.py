@@ -131,11 +131,14 @@ def _task(campaign: Campaign, job: Job, threads: int) -> dict[str, Any]:
 def _run_here(campaign: Campaign, log: Log) -> None:
     from ucc_search.worker import measure
 
+    # Half of the logical cores: as many as there are real ones, and room for whatever else runs,
+    # which OpenMP threads that wait for one another tolerate badly.
+    threads = max(1, (os.cpu_count() or 1) // 2)
     with contextlib.suppress(StopIteration):
         while True:
             job = campaign.next_job()
             assert job is not None, "one job at a time leaves none in flight"
-            row = campaign.finish(job.id, measure(_task(campaign, job, os.cpu_count() or 1)))
+            row = campaign.finish(job.id, measure(_task(campaign, job, threads)))
             log(describe(row, campaign))
 
 

@@ -54,7 +54,10 @@ class CampaignSearcher(Searcher):
             result = {"state": "failed", "failure": "worker_died", "error": "the worker process ended"}
         self._log(describe(self._campaign.finish(job.id, result), self._campaign))
 
-    # Ray snapshots searchers as it goes; ours lives in the run's own store.
+    # Ray snapshots searchers as it goes; what ours knows is in the run's own store.
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         return None
 

@@ -1,0 +1,73 @@
+"""Budget-constrained compression search for Vision Transformers: tokens, widths and ranks in one plan.
+
+Names are imported when they are first used, so that `import ucc_search` needs neither torch, ray nor
+deepspeed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ucc_search.compress import compress, shape_of
+    from ucc_search.config import load_config
+    from ucc_search.cost import Cost, cost
+    from ucc_search.errors import UserError
+    from ucc_search.hookspecs import hookimpl
+    from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Scorer
+    from ucc_search.plan import CompressionPlan, ModelShape
+    from ucc_search.plugins import Plugins
+    from ucc_search.saving import load_model
+    from ucc_search.search import search
+    from ucc_search.store import Run, load_run
+
+_HOMES = {
+    "Aggregator": "interfaces",
+    "Cascade": "interfaces",
+    "Components": "interfaces",
+    "CompressionPlan": "plan",
+    "Cost": "cost",
+    "Distiller": "interfaces",
+    "ModelShape": "plan",
+    "Plugins": "plugins",
+    "Run": "store",
+    "Scorer": "interfaces",
+    "UserError": "errors",
+    "compress": "compress",
+    "cost": "cost",
+    "hookimpl": "hookspecs",
+    "load_config": "config",
+    "load_model": "saving",
+    "load_run": "store",
+    "search": "search",
+    "shape_of": "compress",
+}
+
+__all__ = [
+    "Aggregator",
+    "Cascade",
+    "Components",
+    "CompressionPlan",
+    "Cost",
+    "Distiller",
+    "ModelShape",
+    "Plugins",
+    "Run",
+    "Scorer",
+    "UserError",
+    "compress",
+    "cost",
+    "hookimpl",
+    "load_config",
+    "load_model",
+    "load_run",
+    "search",
+    "shape_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ucc_search' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ucc_search.{_HOMES[name]}"), name)
