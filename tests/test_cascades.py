@@ -10,7 +10,7 @@ from shapes import deit_shape, small_shape
 from ucc_search.builtin.aggregators import Drop
 from ucc_search.builtin.cascades import Calibrated, Constant, Geometric, PerBlock, Staged, bottom_up
 from ucc_search.builtin.scorers import Random
-from ucc_search.cost import cost
+from ucc_search.costs import cost
 from ucc_search.errors import PlanError
 from ucc_search.interfaces import Cascade, Components, ScheduleRequest
 from ucc_search.plan import CompressionPlan

@@ -10,16 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ucc_search.compress import compress, shape_of
+    from ucc_search.compression import compress, shape_of
     from ucc_search.config import load_config
-    from ucc_search.cost import Cost, cost
+    from ucc_search.costs import Cost, cost
     from ucc_search.errors import UserError
     from ucc_search.hookspecs import hookimpl
     from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Scorer
     from ucc_search.plan import CompressionPlan, ModelShape
     from ucc_search.plugins import Plugins
     from ucc_search.saving import load_model
-    from ucc_search.search import search
+    from ucc_search.runner import search
     from ucc_search.store import Run, load_run
 
 _HOMES = {
@@ -27,21 +27,21 @@ _HOMES = {
     "Cascade": "interfaces",
     "Components": "interfaces",
     "CompressionPlan": "plan",
-    "Cost": "cost",
+    "Cost": "costs",
     "Distiller": "interfaces",
     "ModelShape": "plan",
     "Plugins": "plugins",
     "Run": "store",
     "Scorer": "interfaces",
     "UserError": "errors",
-    "compress": "compress",
-    "cost": "cost",
+    "compress": "compression",
+    "cost": "costs",
     "hookimpl": "hookspecs",
     "load_config": "config",
     "load_model": "saving",
     "load_run": "store",
-    "search": "search",
-    "shape_of": "compress",
+    "search": "runner",
+    "shape_of": "compression",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ucc_search.config import BudgetConfig
-from ucc_search.cost import Cost, cost
+from ucc_search.costs import Cost, cost
 from ucc_search.errors import BudgetError
 from ucc_search.interfaces import Components
 from ucc_search.plan import CompressionPlan

@@ -17,7 +17,7 @@ from typing import Any
 from ucc_search.analysis import quality, usable, average_seeds
 from ucc_search.budget import Budget, budgets, project
 from ucc_search.config import Baseline, RunConfig
-from ucc_search.cost import cost
+from ucc_search.costs import cost
 from ucc_search.errors import PluginError
 from ucc_search.interfaces import ComponentRef, Components, ScheduleRequest
 from ucc_search.plan import CompressionPlan, ModelShape

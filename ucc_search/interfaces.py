@@ -87,7 +87,7 @@ class Scorer(Component):
     needs_class_token: ClassVar[bool] = False
 
     def macs(self, site: Site) -> int:
-        """MACs for one image at `site`, counted as in `ucc_search.cost`."""
+        """MACs for one image at `site`, counted as in `ucc_search.costs`."""
         return 0
 
     def params(self, site: Site) -> int:

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from ucc_search.compress.blocks import CascadeBlocks
-from ucc_search.compress.tokens import TokenState
+from ucc_search.compression.blocks import CascadeBlocks
+from ucc_search.compression.tokens import TokenState
 from ucc_search.config import AugmentConfig
 from ucc_search.interfaces import DistillContext, Distiller, Features, Outputs
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ucc_search.compress import compress
+from ucc_search.compression import compress
 from ucc_search.config import ModelConfig
 from ucc_search.errors import ModelError
 from ucc_search.interfaces import ComponentRef

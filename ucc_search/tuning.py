@@ -1,4 +1,4 @@
-"""The thin layer between a campaign and Ray Tune; imported by `search` alone."""
+"""The thin layer between a campaign and Ray Tune; imported by `runner` alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CampaignSearcher(Searcher):
         return dict(self._task(job))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        from ucc_search.search import describe
+        from ucc_search.runner import describe
 
         job = self._jobs.pop(trial_id, None)
         if job is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ucc_search.budget import with_tokens
 from ucc_search.builtin.distillers import logit_kl
-from ucc_search.compress import compress, set_tokens, shape_of
+from ucc_search.compression import compress, set_tokens, shape_of
 from ucc_search.config import RunConfig, parse_config
 from ucc_search.data import Splits, load_data, ordered_batches
 from ucc_search.interfaces import ComponentRef, Components, DistillContext

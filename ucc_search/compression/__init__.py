@@ -7,8 +7,8 @@ import copy
 from torch import nn
 
 from ucc_search.builtin import default_components
-from ucc_search.compress.blocks import CascadeBlocks, CompressedBlock, set_tokens
-from ucc_search.compress.inspect import capabilities, refusals, shape_of
+from ucc_search.compression.blocks import CascadeBlocks, CompressedBlock, set_tokens
+from ucc_search.compression.inspect import capabilities, refusals, shape_of
 from ucc_search.errors import PlanError
 from ucc_search.interfaces import Components
 from ucc_search.plan import CompressionPlan

@@ -8,8 +8,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ucc_search.compress.attention import Attended, CompressedAttention
-from ucc_search.compress.tokens import TokenState, gather_rows, initial_state, reduce_tokens
+from ucc_search.compression.attention import Attended, CompressedAttention
+from ucc_search.compression.tokens import TokenState, gather_rows, initial_state, reduce_tokens
 from ucc_search.interfaces import Components, Site, TokenView
 
 
