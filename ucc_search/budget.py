@@ -75,7 +75,7 @@ def project(
 
     The strength is bisected to where the rounded schedule first fits. What is left of the budget is
     then spent token by token, in the order in which the family itself would give tokens back, until
-    no block can take one more. The result is a pure function of its arguments; a larger budget never
+    no block, and no run of equal blocks, can take one more. The result is a pure function of its arguments; a larger budget never
     gives a cheaper plan, and projecting the result's own ratios again gives the result.
 
     Args:
@@ -124,24 +124,38 @@ def whole_tokens(real: Sequence[float], most: int) -> list[int]:
 def _fill(
     plan: CompressionPlan, real: Sequence[float], fits: Callable[[CompressionPlan], bool]
 ) -> CompressionPlan:
-    """Give single tokens back while any fits; first where the family is nearest to one more."""
+    """Give tokens back while any fit; first where the family is nearest to one more.
+
+    A token goes to one block, or to a whole run of blocks that keep equally many: in the first case
+    the run is split, and scoring at the new cut may cost more than the token itself.
+    """
     last = plan.shape.depth - (1 if plan.head_tokens_only else 0)
     grew = True
     while grew:
         grew = False
-        tokens = list(plan.tokens)
-        order = sorted(range(last), key=lambda i: (tokens[i] - real[i], -i))
-        for i in order:
-            before = tokens[i - 1] if i else plan.shape.tokens
-            if tokens[i] >= before:
-                continue
-            tokens[i] += 1
-            candidate = with_tokens(plan, tokens)
-            if fits(candidate):
-                plan, grew = candidate, True
-            else:
-                tokens[i] -= 1
+        now = plan.tokens
+        for first in sorted(range(last), key=lambda i: (now[i] - real[i], -i)):
+            for end in (first + 1, _end_of_run(plan.tokens, first, last)):
+                candidate = _one_more(plan, first, end)
+                if candidate is not None and fits(candidate):
+                    plan, grew = candidate, True
+                    break
     return plan
+
+
+def _end_of_run(tokens: Sequence[int], first: int, last: int) -> int:
+    end = first + 1
+    while end < last and tokens[end] == tokens[first]:
+        end += 1
+    return end
+
+
+def _one_more(plan: CompressionPlan, first: int, end: int) -> CompressionPlan | None:
+    """One token more in the blocks from `first` up to `end`, unless the block before has none to give."""
+    tokens = list(plan.tokens)
+    if tokens[first] >= (tokens[first - 1] if first else plan.shape.tokens):
+        return None
+    return with_tokens(plan, [n + 1 if first <= i < end else n for i, n in enumerate(tokens)])
 
 
 def unreachable(budget: Budget, smallest: Cost, dense: Cost) -> BudgetError:

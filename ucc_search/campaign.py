@@ -7,7 +7,6 @@ from there.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ucc_search.analysis import quality, usable, average_seeds
-from ucc_search.budget import Budget, budgets, project
+from ucc_search.budget import Budget, budgets, project, whole_tokens, with_tokens
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import PluginError
@@ -28,7 +27,9 @@ from ucc_search.store import RunStore, TrialRow, plan_key
 
 Evaluate = Callable[[Sequence[int]], float]
 MakeEvaluate = Callable[[Components, CompressionPlan], Evaluate]
+_INFERENCE = ("scorer", "aggregator", "cascade")
 _REPROPOSE = 20
+_SPENT = 0.99  # a proposal that leaves more of its budget unused is made again
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Job:
         return {
             "id": self.id,
             "rung": self.rung,
+            "origin": self.origin,
             "seed": self.seed,
             "plan": self.plan.to_dict(),
             "components": {k: r.to_dict() for k, r in self.components.items()},
@@ -90,6 +92,14 @@ class Scheduler:
         """
         parts = self._plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
         return project(self.base, self.profile(refs, parts, keep_ratios), budget, parts)
+
+    def smallest(
+        self, refs: Mapping[str, ComponentRef], keep_ratios: Sequence[float] | None
+    ) -> CompressionPlan:
+        """The cheapest plan that the cascade can make."""
+        parts = self._plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+        family = self.profile(refs, parts, keep_ratios)
+        return with_tokens(self.base, whole_tokens(family(1.0), self.base.shape.tokens))
 
     def profile(
         self, refs: Mapping[str, ComponentRef], parts: Components, keep_ratios: Sequence[float] | None
@@ -155,6 +165,7 @@ class Campaign:
         rung = self.config.search.fidelity
         yield from self._baselines(rung)
         yield from self._proposals(rung)
+        yield from self._dense()
         while self._open:
             yield None
         if rung == "zero-shot" and self.config.search.promote:
@@ -192,10 +203,26 @@ class Campaign:
             candidate = self.space.decode(params)
             plan = self.scheduler.plan(candidate.components, candidate.keep_ratios, budget)
             signature = _signature(plan_key(plan), _dicts(candidate.components)) + budget.label
-            if signature not in self._seen:
+            if signature not in self._seen and self._spends(budget, candidate, plan):
                 break
         self._seen.add(signature)
         return Candidate(self.space.at_plan(params, plan), candidate.components, candidate.keep_ratios), plan
+
+    def _spends(self, budget: Budget, candidate: Candidate, plan: CompressionPlan) -> bool:
+        """Whether the plan uses the budget up; few tokens in few blocks make a coarse lattice."""
+        parts = self.plugins.components(*(candidate.components[k] for k in _INFERENCE))
+        return budget.max_macs is None or cost(plan, parts).macs >= _SPENT * min(
+            budget.max_macs, cost(self.scheduler.base, parts).macs
+        )
+
+    def _dense(self) -> Iterator[Job]:
+        """The uncompressed model: the reference that every table shows."""
+        if not any(r.origin == "dense" for r in self._rows):
+            search = self.config.search
+            rung = "train" if search.fidelity == "train" or search.promote else "zero-shot"
+            refs = self.space.corners()[0].components
+            dense = CompressionPlan.identity(self.scheduler.base.shape)
+            yield self._job(rung, "dense", "dense", Budget("dense"), search.seed, dense, refs, {})
 
     def _promotions(self) -> Iterator[Job]:
         done = {(r.parent, r.seed) for r in self._rows if r.parent is not None}
@@ -238,7 +265,7 @@ class Campaign:
         return row
 
     def _row(self, job: Job, outcome: Mapping[str, Any]) -> TrialRow:
-        parts = self.plugins.components(*(job.components[k] for k in ("scorer", "aggregator", "cascade")))
+        parts = self.plugins.components(*(job.components[k] for k in _INFERENCE))
         price = cost(job.plan, parts)
         train = self.config.train
         return TrialRow(
@@ -247,7 +274,7 @@ class Campaign:
             method=job.method,
             origin=job.origin,
             rung=job.rung,
-            fidelity=outcome.get("steps", 0) if job.rung == "train" else 0,
+            fidelity=outcome.get("steps", 0),
             seed=job.seed,
             target=job.budget.label,
             macs=price.macs,
@@ -340,7 +367,3 @@ def _signature(key: str, components: Mapping[str, Any]) -> str:
     """Equal for trials that would measure the same thing."""
     return key + repr(sorted((k, sorted(v.items())) for k, v in components.items()))
 
-
-def elapsed(start: float) -> float:
-    """Seconds since a `time.monotonic()`."""
-    return time.monotonic() - start

@@ -59,9 +59,16 @@ class TensorImages:
 
 
 class DecodedImages:
-    """A data set whose images are read from disk when asked for."""
+    """A data set whose images are read from disk when asked for.
 
-    def __init__(self, dataset: Any, indices: Tensor, train_transform: Any, test_transform: Any, workers: int):
+    Args:
+        train_transform: image and seed to tensor; the seeds are drawn from torch's generator before
+            any thread starts, so that the number of threads changes nothing.
+    """
+
+    def __init__(
+        self, dataset: Any, indices: Tensor, train_transform: Any, test_transform: Any, workers: int
+    ):
         self._dataset, self._indices, self._workers = dataset, indices, workers
         self._transforms = {True: train_transform, False: test_transform}
 
@@ -73,17 +80,18 @@ class DecodedImages:
 
         transform = self._transforms[train]
 
-        def read(index: int) -> tuple[Tensor, int]:
+        def read(index: int, seed: int) -> tuple[Tensor, int]:
             image, label = self._dataset[index]
-            return transform(image), int(label)
+            return transform(image, seed), int(label)
 
         wanted = self._indices[indices].tolist()
+        seeds = torch.randint(2**31, (len(wanted),)).tolist() if train else [0] * len(wanted)
         if self._workers:
             # Pillow releases the interpreter lock while it decodes, so threads suffice.
             with ThreadPoolExecutor(self._workers) as pool:
-                pairs = list(pool.map(read, wanted))
+                pairs = list(pool.map(read, wanted, seeds))
         else:
-            pairs = [read(i) for i in wanted]
+            pairs = list(map(read, wanted, seeds))
         return torch.stack([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
 
 

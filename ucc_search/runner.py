@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ucc_search import estimate
 from ucc_search.campaign import Campaign, Job, Scheduler
 from ucc_search.config import RunConfig, dump_config
 from ucc_search.errors import RunError
@@ -72,6 +73,7 @@ def search(
             raise Interrupted(f"stopped; continue with --resume --out {path}") from None
         finally:
             store.write_tables()
+        estimate.remember(campaign.rows, config)
         log(f"{len(campaign.rows)} trials in {time.monotonic() - start:.0f} s, in {path}")
     return Run(path)
 

@@ -7,6 +7,7 @@ import json
 import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ucc_search.config import RunConfig
 from ucc_search.plan import ModelShape
@@ -23,9 +24,20 @@ def model_shape(config: RunConfig) -> ModelShape:
     Raises:
         ModelError, DataError: the model or data cannot be used.
     """
+    return ModelShape.from_dict(_facts(config)["shape"])
+
+
+def train_images(config: RunConfig) -> int:
+    """Images of the training split, without loading them again."""
+    return int(_facts(config)["train_images"])
+
+
+def _facts(config: RunConfig) -> dict[str, Any]:
     path = cache_folder() / "shapes" / f"{_key(config)}.json"
     try:
-        return ModelShape.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        ModelShape.from_dict(facts["shape"])
+        return facts
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there yet, or of another version
     from ucc_search.data import load_data
@@ -33,11 +45,12 @@ def model_shape(config: RunConfig) -> ModelShape:
 
     splits = load_data(config.data)
     shape = dense_shape(config, splits.classes, splits.channels)
+    facts = {"shape": shape.to_dict(), "train_images": len(splits.train)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(shape.to_dict()), encoding="utf-8")
+    temporary.write_text(json.dumps(facts), encoding="utf-8")
     temporary.replace(path)
-    return shape
+    return facts
 
 
 def _key(config: RunConfig) -> str:

@@ -264,6 +264,8 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
 def _import_deepspeed() -> Any:
     # DeepSpeed logs its whole life at INFO, part of it while it is imported.
     os.environ.setdefault("DS_LOG_LEVEL", "error")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found nothing better
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 

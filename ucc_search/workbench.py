@@ -77,6 +77,12 @@ class Workbench:
                 seen += len(labels)
         return Measurement(kl / seen, correct / seen, compute_seconds=time.perf_counter() - start)
 
+    def dense(self) -> Measurement:
+        """The uncompressed model on the selection and test splits, as it is."""
+        start = time.perf_counter()
+        chosen, test = (accuracy(self.teacher, s) for s in (self.splits.select, self.splits.test))
+        return Measurement(0.0, chosen, test, compute_seconds=time.perf_counter() - start)
+
     def calibrated_accuracy(self, components: Components, plan: CompressionPlan, images: int = 500) -> Callable:
         """Accuracy of `plan` with other tokens, on the first calibration images: for calibrated cascades."""
 

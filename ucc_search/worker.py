@@ -50,6 +50,8 @@ def _measure(bench: Workbench, task: Mapping[str, Any]) -> tuple[Measurement, in
         for kind, value in job["components"].items()
     }
     parts = bench.plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+    if job["origin"] == "dense":
+        return bench.dense(), 0
     if job["rung"] == "zero-shot":
         return bench.zero_shot(plan, parts), 0
     steps = bench.config.train.total_steps(len(bench.splits.train))

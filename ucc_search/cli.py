@@ -1,0 +1,262 @@
+"""The command line: parse, call one function, print. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ucc_search.errors import BudgetError, UserError
+
+# Typer reads annotations at run time, on Python 3.10 too.
+Space = Annotated[Path, typer.Argument(help="The space file (YAML).", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+Sets = Annotated[Optional[list[str]], typer.Option("--set", help="Override a key: search.trials=20. Repeatable.")]
+PluginOption = Annotated[
+    Optional[list[str]], typer.Option("--plugin", help="A plugin: .py file, folder or module. Repeatable.")
+]
+Disable = Annotated[Optional[list[str]], typer.Option("--disable-plugin", help="Leave a plugin out. Repeatable.")]
+NoPlugins = Annotated[bool, typer.Option("--no-plugins", help="Load no installed plugins.")]
+Strict = Annotated[bool, typer.Option("--strict-plugins", help="Stop if any plugin fails to load.")]
+Budgets = Annotated[
+    Optional[list[str]],
+    typer.Option("--budget", help="macs=50%, macs=2.1G, params=5M. Repeat a metric for several targets."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+app = typer.Typer(
+    name="ucc-search",
+    help="Find the compressed Vision Transformer that loses least within a budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+models = typer.Typer(help="What can be compressed in a model.", no_args_is_help=True)
+plugins_app = typer.Typer(help="Scorers, aggregators, cascades and distillers, and who provides them.", no_args_is_help=True)
+app.add_typer(models, name="models")
+app.add_typer(plugins_app, name="plugins")
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 no usable trial, 2 the input is wrong, 3 interrupted."""
+    import click
+
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted", err=True)
+        code = 3
+    except BrokenPipeError:
+        # The reader of a pipe went away; so does the rest of the output.
+        sys.stderr.close()
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"ucc-search {version('ucc-search')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def _config(
+    space: Path,
+    sets: list[str] | None,
+    *,
+    budgets: list[str] | None = None,
+    trials: int | None = None,
+    seed: int | None = None,
+) -> Any:
+    from ucc_search.config import load_config
+
+    overrides = list(sets or ())
+    if trials is not None:
+        overrides.append(f"search.trials={trials}")
+    if seed is not None:
+        overrides.append(f"search.seed={seed}")
+    if budgets:
+        overrides.append(f"budget={_budget_section(budgets)}")
+    return load_config(space, overrides)
+
+
+def _budget_section(budgets: list[str]) -> str:
+    targets: dict[str, list[str]] = {}
+    for text in budgets:
+        metric, equals, value = text.partition("=")
+        if not equals or not value:
+            raise BudgetError(f"--budget {text!r}: expected METRIC=VALUE, for example macs=50% or params=5M")
+        targets.setdefault(metric.strip(), []).append(value.strip())
+    return json.dumps({k: v if len(v) > 1 else v[0] for k, v in targets.items()})
+
+
+def _plugins(
+    config: Any, extra: list[str] | None, disabled: list[str] | None, none: bool = False, strict: bool = False
+) -> Any:
+    from ucc_search.plugins import Plugins
+
+    named = [*(config.plugins if config is not None else ()), *(extra or ())]
+    return Plugins.load(named, disabled=disabled or (), entry_points=not none, strict=strict)
+
+
+def _echo(line: str) -> None:
+    typer.echo(line)
+
+
+@app.command()
+def search(
+    space: Space,
+    out: Annotated[Optional[Path], typer.Option(help="Run folder; results/NAME by default.")] = None,
+    trials: Annotated[Optional[int], typer.Option(help="Proposals to measure.")] = None,
+    budget: Budgets = None,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of the search.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    plugin: PluginOption = None,
+    disable_plugin: Disable = None,
+    no_plugins: NoPlugins = False,
+    strict_plugins: Strict = False,
+    sets: Sets = None,
+) -> int:
+    """Search, train the best candidates, and print the Pareto table."""
+    config = _config(space, sets, budgets=budget, trials=trials, seed=seed)
+    plugins = _plugins(config, plugin, disable_plugin, no_plugins, strict_plugins)
+    from rich.console import Console
+
+    from ucc_search.report import print_analysis
+    from ucc_search.runner import Interrupted, exit_code
+    from ucc_search.runner import search as run_search
+
+    try:
+        run = run_search(config, out=out, resume=resume, plugins=plugins, log=_echo)
+    except Interrupted as error:
+        typer.echo(str(error), err=True)
+        return 3
+    print_analysis(run, Console())
+    return exit_code(run)
+
+
+@app.command()
+def plan(
+    space: Space,
+    budget: Budgets = None,
+    trials: Annotated[Optional[int], typer.Option(help="Proposals to measure.")] = None,
+    plugin: PluginOption = None,
+    disable_plugin: Disable = None,
+    no_plugins: NoPlugins = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """What a search would do: baseline cost, reachable budgets, trials and time. Trains nothing."""
+    config = _config(space, sets, budgets=budget, trials=trials)
+    plugins = _plugins(config, plugin, disable_plugin, no_plugins)
+    from ucc_search.preview import preview, preview_text
+
+    found = preview(config, plugins)
+    typer.echo(json.dumps(found, indent=1) if as_json else preview_text(found))
+
+
+@app.command()
+def analyze(run: RunFolder, as_json: Json = False) -> None:
+    """The Pareto front of a run, its baselines, failures, and what to do next."""
+    from ucc_search.report import analysis_json, print_analysis
+    from ucc_search.store import load_run
+
+    opened = load_run(run)
+    if as_json:
+        typer.echo(json.dumps(analysis_json(opened), indent=1))
+        return
+    from rich.console import Console
+
+    print_analysis(opened, Console())
+
+
+@app.command()
+def pick(
+    run: RunFolder,
+    max_gmacs: Annotated[Optional[float], typer.Option(help="Upper limit in GMACs per image.")] = None,
+    max_macs: Annotated[Optional[str], typer.Option(help="Upper limit in MACs: 2.1G, 600M.")] = None,
+    max_params: Annotated[Optional[str], typer.Option(help="Upper limit in parameters: 5M.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The best trial under limits, and how to use it."""
+    from ucc_search.report import pick_message
+    from ucc_search.store import load_run
+    from ucc_search.units import parse_amount
+
+    limits = [parse_amount(max_macs, key="--max-macs")] if max_macs is not None else []
+    if max_gmacs is not None:
+        limits.append(parse_amount(max_gmacs * 1e9, key="--max-gmacs (in MACs)"))
+    opened = load_run(run)
+    params = parse_amount(max_params, key="--max-params") if max_params is not None else None
+    row = opened.pick(max_macs=min(limits) if limits else None, max_params=params)
+    typer.echo(json.dumps(row.to_dict(), indent=1) if as_json else pick_message(opened, row))
+
+
+@app.command("train-teacher")
+def train_teacher(
+    space: Space,
+    out: Annotated[Path, typer.Option(help="Folder for model.safetensors and recipe.json.")],
+    sets: Sets = None,
+) -> None:
+    """Train the uncompressed model by the space file's `teacher:` recipe."""
+    config = _config(space, sets)
+    from ucc_search.teachers import teacher_for_command
+
+    teacher_for_command(config, out, log=_echo)
+
+
+@models.command()
+def inspect(
+    name: Annotated[str, typer.Argument(help="A timm model name.", show_default=False)],
+    args: Annotated[Optional[list[str]], typer.Option("--arg", help="Constructor argument: img_size=112.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What can be compressed in a model, what not, and why."""
+    from ucc_search.preview import inspect_model, inspect_text
+
+    found = inspect_model(name, args or ())
+    typer.echo(json.dumps(found, indent=1) if as_json else inspect_text(found))
+
+
+@plugins_app.command("list")
+def list_plugins(
+    plugin: PluginOption = None,
+    disable_plugin: Disable = None,
+    no_plugins: NoPlugins = False,
+    strict_plugins: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """All plugins in the order of loading, and the components they provide."""
+    from ucc_search.preview import plugins_json, plugins_text
+
+    plugins = _plugins(None, plugin, disable_plugin, no_plugins, strict_plugins)
+    found = plugins_json(plugins)
+    typer.echo(json.dumps(found, indent=1, default=str) if as_json else plugins_text(found))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> int:
+    """Check this machine: packages, devices, data, and what DeepSpeed and Ray can do here."""
+    from ucc_search.doctor import check_machine, doctor_text
+
+    checks = check_machine()
+    typer.echo(json.dumps(checks, indent=1) if as_json else doctor_text(checks))
+    return 0 if all(c["status"] != "failed" for c in checks) else 1

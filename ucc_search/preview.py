@@ -1,0 +1,189 @@
+"""What the commands that change nothing show: plan, models inspect, plugins list. Text and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ucc_search import estimate
+from ucc_search.campaign import Scheduler, components_of
+from ucc_search.config import RunConfig
+from ucc_search.costs import cost
+from ucc_search.errors import ConfigError
+from ucc_search.interfaces import ComponentRef
+from ucc_search.plan import ModelShape
+from ucc_search.plugins import HOOKS, Plugins
+from ucc_search.shapes import model_shape, train_images
+from ucc_search.space import SearchSpace
+from ucc_search.units import format_macs, format_params
+
+
+def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
+    """What a search would do.
+
+    Returns:
+        model, dense (macs, params), reachable (macs from..to, per method), budgets (label,
+        max_macs, reachable), dimensions, trials (by rung), steps, seconds (or null).
+
+    Raises:
+        UserError: what `search` would refuse as well: an unreachable budget, unknown components.
+    """
+    from ucc_search.runner import check_budgets
+
+    shape = model_shape(config)
+    scheduler = Scheduler(config, shape, plugins)
+    space = SearchSpace.of(config.space, shape, plugins)
+    check_budgets(config, scheduler, space, plugins)
+    steps = config.train.total_steps(train_images(config))
+    dense = scheduler.dense_cost
+    return {
+        "name": config.name,
+        "model": shape.name,
+        "tokens": shape.tokens,
+        "depth": shape.depth,
+        "dense": {"macs": dense.macs, "flops": dense.flops, "params": dense.params},
+        "reachable": _reachable(config, scheduler, space, plugins),
+        "budgets": [
+            {"label": b.label, "max_macs": b.max_macs, "max_params": b.max_params} for b in scheduler.budgets
+        ],
+        "dimensions": [d.name for d in space.dimensions],
+        "trials": estimate.jobs(config),
+        "steps": steps,
+        "seconds": estimate.seconds(config, shape, dense.macs, train_images(config)),
+        "out": f"results/{config.name}",
+    }
+
+
+def _reachable(
+    config: RunConfig, scheduler: Scheduler, space: SearchSpace, plugins: Plugins
+) -> dict[str, dict[str, int]]:
+    """Cheapest and dearest plan of the search and of every baseline, in MACs."""
+    methods: dict[str, tuple[dict[str, ComponentRef], Sequence[float] | None]] = {}
+    corner = space.corners()[0]
+    methods["search"] = (dict(corner.components), corner.keep_ratios)
+    methods |= {b.name: (components_of(b), None) for b in config.baselines}
+    found = {}
+    for name, (refs, keep) in methods.items():
+        parts = plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+        if parts.cascade.needs_model:
+            continue
+        least = cost(scheduler.smallest(refs, keep), parts).macs
+        found[name] = {"min_macs": least, "max_macs": cost(scheduler.base, parts).macs}
+    return found
+
+
+def preview_text(found: dict[str, Any]) -> str:
+    """`preview` for people."""
+    dense = found["dense"]["macs"]
+    lines = [
+        f"{found['name']}: {found['model']}, {found['tokens']} patch tokens, {found['depth']} blocks",
+        f"uncompressed  {format_macs(dense)} for one image ({2 * dense / 1e9:.3g} GFLOPs), "
+        f"{format_params(found['dense']['params'])}",
+    ]
+    for name, ends in found["reachable"].items():
+        low, high = (100 * ends[k] / dense for k in ("min_macs", "max_macs"))
+        lines.append(f"reachable     {low:.1f}% to {high:.1f}% of the MACs by {name}")
+    for budget in found["budgets"]:
+        limits = [format_macs(budget["max_macs"])] if budget["max_macs"] else []
+        limits += [format_params(budget["max_params"])] if budget["max_params"] else []
+        lines.append(f"budget        {budget['label']}: at most {' and '.join(limits)}")
+    lines.append(f"searched      {len(found['dimensions'])} parameters: {_short(found['dimensions'])}")
+    trials = ", ".join(f"{count} {rung}" for rung, count in found["trials"].items())
+    lines.append(f"trials        {trials} ({found['steps']} steps a training)")
+    time = found["seconds"]
+    known = "unknown until this machine has finished a run" if time is None else f"about {_duration(time)}"
+    lines.append(f"time          {known}")
+    lines.append(f"writes to     {found['out']}")
+    return "\n".join(lines)
+
+
+def _short(names: Sequence[str]) -> str:
+    keep = [n for n in names if n.startswith("keep.")]
+    rest = [n for n in names if not n.startswith("keep.")]
+    return ", ".join(([f"keep.0 to keep.{len(keep) - 1}"] if keep else []) + rest) or "none"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def inspect_model(name: str, args: Sequence[str]) -> dict[str, Any]:
+    """`models inspect`: whether and where a timm model can be compressed.
+
+    Raises:
+        ModelError: timm knows no such model.
+    """
+    import torch
+
+    from ucc_search.compression import capabilities
+    from ucc_search.config import ModelConfig
+    from ucc_search.models import build_model
+
+    arguments = {}
+    for text in args:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--arg {text!r}: expected key=value, for example img_size=112")
+        arguments[key] = yaml.safe_load(value)
+    with torch.device("meta"):
+        model = build_model(ModelConfig(name=name, args=arguments), classes=1000, channels=3)
+    found = capabilities(model, name)
+    if found["supported"]:
+        from ucc_search.plan import CompressionPlan
+
+        price = cost(CompressionPlan.identity(ModelShape.from_dict(found["shape"])))
+        found["cost"] = {"macs": price.macs, "params": price.params}
+    return found
+
+
+def inspect_text(found: dict[str, Any]) -> str:
+    """`inspect_model` for people."""
+    if not found["supported"]:
+        reasons = "".join(f"\n  - {r}" for r in found["reasons"])
+        return f"{found['model']} ({found['class']}) cannot be compressed by this version:{reasons}"
+    tokens, shape = found["tokens"], found["shape"]
+    scorers = "all scorers" if tokens["class_token_scorers"] else "scorers that need no class token"
+    spare = "yes, exactly" if tokens["head_tokens_only"] else "no, the head reads every token"
+    lines = [
+        f"{found['model']} ({found['class']}): {format_macs(found['cost']['macs'])}, "
+        f"{format_params(found['cost']['params'])} at {shape['image_size'][0]} x {shape['image_size'][1]}",
+        f"  tokens        {tokens['patch_tokens']} patch tokens can be pruned or merged in each of "
+        f"{len(shape['blocks'])} blocks; {tokens['prefix_tokens']} prefix tokens always stay",
+        f"  scoring       {scorers}",
+        f"  last block    can be spared for unread tokens: {spare}",
+        f"  pooling       {tokens['pool']}",
+        "  widths, ranks not in this version",
+    ]
+    return "\n".join(lines)
+
+
+def plugins_json(plugins: Plugins) -> dict[str, Any]:
+    """`plugins list`: records in the order of loading, and every component described."""
+    components = [
+        plugins.describe(kind, f"{owner}/{name}")
+        for kind, hook in HOOKS.items()
+        for record in plugins.records
+        if record.status == "ok"
+        for owner in [record.name]
+        for name in record.provides.get(hook, ())
+    ]
+    return {"plugins": [vars(r) for r in plugins.records], "components": components}
+
+
+def plugins_text(found: dict[str, Any]) -> str:
+    """`plugins_json` for people."""
+    lines = []
+    for record in found["plugins"]:
+        version = f" {record['version']}" if record["version"] else ""
+        lines.append(f"{record['name']}{version}  {record['status']}  ({record['origin']})")
+        if record["error"]:
+            lines.append(f"  {record['error']}")
+        for component in found["components"]:
+            if component["plugin"] == record["name"] and record["status"] == "ok":
+                name = component["name"].rpartition("/")[2]
+                lines.append(f"  {component['kind']:<11} {name:<16} {component['summary']}")
+    return "\n".join(lines)
+
+
