@@ -192,12 +192,21 @@ def test_fashion_mnist_is_read_from_its_own_files(fashion, tmp_path):
     assert labels.tolist() == [i % 10 for i in range(20)]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not gzip", lambda b: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[: len(b) // 2], lambda b: b[:20] + b"x" * 20 + b[40:], lambda b: b"not gzip", lambda b: b""],
+)
 @pytest.mark.parametrize("name", ["train-images-idx3", "t10k-labels-idx1"])
 def test_a_damaged_file_is_named(fashion, name, damage):
     path = fashion / f"{name}-ubyte.gz"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match=name):
+        load_data(fashion_config(fashion))
+
+
+def test_files_of_different_lengths_do_not_belong_together(fashion):
+    (fashion / "train-labels-idx1-ubyte.gz").write_bytes((fashion / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    with pytest.raises(DataError, match="different numbers of images and labels"):
         load_data(fashion_config(fashion))
 
 
@@ -437,7 +446,7 @@ def test_a_hub_data_set_without_images_or_training_split_is_refused(monkeypatch,
     hub(monkeypatch, {"test": [0, 1]} if image == "image" else {"train": [0, 1] * 8})
     if image == "text":
         sys.modules["datasets"].load_dataset(None)["train"].features.pop("img")
-    with pytest.raises(DataError, match="none of which holds images|expected one named 'train'"):
+    with pytest.raises(DataError, match=r"none of which holds images|expected one named 'train'"):
         load_data(DataConfig(name="hf:some/set"))
 
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Scorer
     from ucc_search.plan import CompressionPlan, ModelShape
     from ucc_search.plugins import Plugins
-    from ucc_search.saving import load_model
     from ucc_search.runner import search
+    from ucc_search.saving import load_model
     from ucc_search.store import Run, load_run
 
 _HOMES = {

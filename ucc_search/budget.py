@@ -38,9 +38,7 @@ def budgets(config: BudgetConfig, dense: Cost) -> list[Budget]:
     """
     params = None if config.params is None else _limit(config.params, dense.params, "budget.params")
     if config.macs is not None:
-        return [
-            Budget(f"macs={_text(v)}", _limit(v, dense.macs, "budget.macs"), params) for v in config.macs
-        ]
+        return [Budget(f"macs={_text(v)}", _limit(v, dense.macs, "budget.macs"), params) for v in config.macs]
     if config.flops is not None:
         return [
             Budget(f"flops={_text(v)}", _limit(v, dense.flops, "budget.flops") // 2, params)
@@ -75,8 +73,9 @@ def project(
 
     The strength is bisected to where the rounded schedule first fits. What is left of the budget is
     then spent token by token, in the order in which the family itself would give tokens back, until
-    no block, and no run of equal blocks, can take one more. The result is a pure function of its arguments; a larger budget never
-    gives a cheaper plan, and projecting the result's own ratios again gives the result.
+    no block, and no run of equal blocks, can take one more. The result is a pure function of its
+    arguments; a larger budget never gives a cheaper plan, and projecting the result's own ratios
+    again gives the result.
 
     Args:
         plan: everything but the tokens.

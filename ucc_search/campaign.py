@@ -8,25 +8,23 @@ from there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from ucc_search.analysis import quality, usable, average_seeds
-from ucc_search.budget import Budget, budgets, project, whole_tokens, with_tokens
-from ucc_search.config import Baseline, RunConfig
+from ucc_search.analysis import average_seeds, quality, usable
+from ucc_search.budget import Budget
+from ucc_search.config import RunConfig
 from ucc_search.costs import cost
-from ucc_search.errors import PluginError
-from ucc_search.interfaces import ComponentRef, Components, ScheduleRequest
-from ucc_search.plan import CompressionPlan, ModelShape
+from ucc_search.interfaces import ComponentRef
+from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
-from ucc_search.space import KINDS, Candidate, SearchSpace, spares_last_block
+from ucc_search.schedule import Scheduler, components_of
+from ucc_search.space import KINDS, Candidate, SearchSpace
 from ucc_search.store import RunStore, TrialRow, plan_key
 
-Evaluate = Callable[[Sequence[int]], float]
-MakeEvaluate = Callable[[Components, CompressionPlan], Evaluate]
 _INFERENCE = ("scorer", "aggregator", "cascade")
 _REPROPOSE = 20
 _SPENT = 0.99  # a proposal that leaves more of its budget unused is made again
@@ -59,69 +57,6 @@ class Job:
         }
 
 
-class Scheduler:
-    """Turns components and keep ratios into a plan on a budget.
-
-    Args:
-        make_evaluate: gives the accuracy function that calibrated cascades ask; None where no model
-            is loaded.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        shape: ModelShape,
-        plugins: Plugins,
-        make_evaluate: MakeEvaluate | None = None,
-    ) -> None:
-        self._config, self._plugins, self._make_evaluate = config, plugins, make_evaluate
-        dense = CompressionPlan.identity(shape)
-        self.base = dense.replace(head_tokens_only=spares_last_block(config.space, shape))
-        self.dense_cost = cost(dense)
-        self.budgets = budgets(config.budget, self.dense_cost)
-        self._profiles: dict[str, Any] = {}
-
-    def plan(
-        self, refs: Mapping[str, ComponentRef], keep_ratios: Sequence[float] | None, budget: Budget
-    ) -> CompressionPlan:
-        """The projected plan.
-
-        Raises:
-            BudgetError: the cascade cannot meet the budget.
-            PluginError: the components do not fit the model.
-        """
-        parts = self._plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
-        return project(self.base, self.profile(refs, parts, keep_ratios), budget, parts)
-
-    def smallest(
-        self, refs: Mapping[str, ComponentRef], keep_ratios: Sequence[float] | None
-    ) -> CompressionPlan:
-        """The cheapest plan that the cascade can make."""
-        parts = self._plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
-        family = self.profile(refs, parts, keep_ratios)
-        return with_tokens(self.base, whole_tokens(family(1.0), self.base.shape.tokens))
-
-    def profile(
-        self, refs: Mapping[str, ComponentRef], parts: Components, keep_ratios: Sequence[float] | None
-    ) -> Callable[[float], Sequence[float]]:
-        """The cascade's family of schedules; calibrated ones are made once."""
-        cascade, shape = parts.cascade, self.base.shape
-        key = repr([sorted(refs[k].to_dict().items()) for k in ("scorer", "aggregator", "cascade")])
-        if key in self._profiles:
-            return self._profiles[key]
-        evaluate = None
-        if cascade.needs_model and self._make_evaluate is not None:
-            evaluate = self._make_evaluate(parts, self.base)
-        low = self._config.space.keep_ratio.low if cascade.searched else 0.0
-        try:
-            family = cascade.profile(ScheduleRequest(shape, keep_ratios, low, evaluate))
-        except ValueError as error:
-            raise PluginError(f"cascade {refs['cascade'].name!r}: {error}") from None
-        if cascade.needs_model:
-            self._profiles[key] = family
-        return family
-
-
 class Campaign:
     """Hands out jobs and files their outcomes.
 
@@ -138,7 +73,9 @@ class Campaign:
         self._next_id = max((r.id for r in self._rows), default=-1) + 1
         self._open: dict[int, Job] = {}
         self._proposers = self._make_proposers()
-        self._seen = {_signature(r.plan_key, r.components) + r.target for r in self._rows if r.origin == "search"}
+        self._seen = {
+            _signature(r.plan_key, r.components) + r.target for r in self._rows if r.origin == "search"
+        }
         self._issued = sum(1 for r in self._rows if r.origin == "search" and r.parent is None)
         self._stages: Iterator[Job | None] = self._all_jobs()
 
@@ -235,7 +172,15 @@ class Campaign:
             for seed in self.config.search.seeds:
                 if (trial, seed) not in done:
                     yield self._job(
-                        "train", "search", "search", by_id[row.target], seed, plan, refs, row.params_searched, trial
+                        "train",
+                        "search",
+                        "search",
+                        by_id[row.target],
+                        seed,
+                        plan,
+                        refs,
+                        row.params_searched,
+                        trial,
                     )
 
     def _job(
@@ -307,7 +252,9 @@ class Campaign:
             "kl": row.kl,
         }
         ok = row.state == "ok" and row.feasible
-        self._proposers[row.target].tell(row.params_searched, value if ok else None, attributes, record=record)
+        self._proposers[row.target].tell(
+            row.params_searched, value if ok else None, attributes, record=record
+        )
 
     def _make_proposers(self) -> dict[str, Proposer]:
         search, told = self.config.search, defaultdict(list)
@@ -347,11 +294,6 @@ def promoted(rows: Sequence[TrialRow], count: int) -> list[int]:
     return [trial for members in groups.values() for _, trial in sorted(members)[:count]]
 
 
-def components_of(baseline: Baseline) -> dict[str, ComponentRef]:
-    """The four components of a baseline."""
-    return {kind: getattr(baseline, kind)[0] for kind in KINDS}
-
-
 def _dicts(refs: Mapping[str, ComponentRef]) -> dict[str, Any]:
     return {kind: ref.to_dict() for kind, ref in refs.items()}
 
@@ -366,4 +308,3 @@ def _refs(components: Mapping[str, Any]) -> dict[str, ComponentRef]:
 def _signature(key: str, components: Mapping[str, Any]) -> str:
     """Equal for trials that would measure the same thing."""
     return key + repr(sorted((k, sorted(v.items())) for k, v in components.items()))
-

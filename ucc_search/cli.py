@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -14,15 +14,19 @@ from ucc_search.errors import BudgetError, UserError
 # Typer reads annotations at run time, on Python 3.10 too.
 Space = Annotated[Path, typer.Argument(help="The space file (YAML).", show_default=False)]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
-Sets = Annotated[Optional[list[str]], typer.Option("--set", help="Override a key: search.trials=20. Repeatable.")]
-PluginOption = Annotated[
-    Optional[list[str]], typer.Option("--plugin", help="A plugin: .py file, folder or module. Repeatable.")
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: search.trials=20. Repeatable.")
 ]
-Disable = Annotated[Optional[list[str]], typer.Option("--disable-plugin", help="Leave a plugin out. Repeatable.")]
+PluginOption = Annotated[
+    list[str] | None, typer.Option("--plugin", help="A plugin: .py file, folder or module. Repeatable.")
+]
+Disable = Annotated[
+    list[str] | None, typer.Option("--disable-plugin", help="Leave a plugin out. Repeatable.")
+]
 NoPlugins = Annotated[bool, typer.Option("--no-plugins", help="Load no installed plugins.")]
 Strict = Annotated[bool, typer.Option("--strict-plugins", help="Stop if any plugin fails to load.")]
 Budgets = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--budget", help="macs=50%, macs=2.1G, params=5M. Repeat a metric for several targets."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -36,7 +40,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 models = typer.Typer(help="What can be compressed in a model.", no_args_is_help=True)
-plugins_app = typer.Typer(help="Scorers, aggregators, cascades and distillers, and who provides them.", no_args_is_help=True)
+plugins_app = typer.Typer(
+    help="Scorers, aggregators, cascades and distillers, and who provides them.", no_args_is_help=True
+)
 app.add_typer(models, name="models")
 app.add_typer(plugins_app, name="plugins")
 
@@ -124,10 +130,10 @@ def _echo(line: str) -> None:
 @app.command()
 def search(
     space: Space,
-    out: Annotated[Optional[Path], typer.Option(help="Run folder; results/NAME by default.")] = None,
-    trials: Annotated[Optional[int], typer.Option(help="Proposals to measure.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; results/NAME by default.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Proposals to measure.")] = None,
     budget: Budgets = None,
-    seed: Annotated[Optional[int], typer.Option(help="Seed of the search.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
     plugin: PluginOption = None,
     disable_plugin: Disable = None,
@@ -150,6 +156,8 @@ def search(
         typer.echo(str(error), err=True)
         return 3
     print_analysis(run, Console())
+    with open(run.path / "analysis.txt", "w", encoding="utf-8") as file:
+        print_analysis(run, Console(file=file, width=160))
     return exit_code(run)
 
 
@@ -157,7 +165,7 @@ def search(
 def plan(
     space: Space,
     budget: Budgets = None,
-    trials: Annotated[Optional[int], typer.Option(help="Proposals to measure.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Proposals to measure.")] = None,
     plugin: PluginOption = None,
     disable_plugin: Disable = None,
     no_plugins: NoPlugins = False,
@@ -191,9 +199,9 @@ def analyze(run: RunFolder, as_json: Json = False) -> None:
 @app.command()
 def pick(
     run: RunFolder,
-    max_gmacs: Annotated[Optional[float], typer.Option(help="Upper limit in GMACs per image.")] = None,
-    max_macs: Annotated[Optional[str], typer.Option(help="Upper limit in MACs: 2.1G, 600M.")] = None,
-    max_params: Annotated[Optional[str], typer.Option(help="Upper limit in parameters: 5M.")] = None,
+    max_gmacs: Annotated[float | None, typer.Option(help="Upper limit in GMACs per image.")] = None,
+    max_macs: Annotated[str | None, typer.Option(help="Upper limit in MACs: 2.1G, 600M.")] = None,
+    max_params: Annotated[str | None, typer.Option(help="Upper limit in parameters: 5M.")] = None,
     as_json: Json = False,
 ) -> None:
     """The best trial under limits, and how to use it."""
@@ -226,7 +234,9 @@ def train_teacher(
 @models.command()
 def inspect(
     name: Annotated[str, typer.Argument(help="A timm model name.", show_default=False)],
-    args: Annotated[Optional[list[str]], typer.Option("--arg", help="Constructor argument: img_size=112.")] = None,
+    args: Annotated[
+        list[str] | None, typer.Option("--arg", help="Constructor argument: img_size=112.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What can be compressed in a model, what not, and why."""

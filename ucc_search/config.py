@@ -258,6 +258,8 @@ class SearchConfig(_Frozen):
     """Each trained candidate is trained once per seed."""
     executor: Literal["ray", "local"] = "ray"
     """`local` measures one trial after another in this process."""
+    keep_weights: Literal["all", "front"] = "all"
+    """Which trained models stay on disk when the run is done."""
     concurrency: int | None = Field(None, ge=1)
     """Trials at a time; the default is one per CPU core, or per GPU."""
     gpus_per_trial: float = Field(0.0, ge=0.0)
@@ -330,7 +332,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else [])
+        near = did_you_mean(
+            path.name, [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        )
         raise ConfigError(f"{path}: no such file{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None

@@ -72,9 +72,7 @@ def cost(plan: CompressionPlan, components: Components | None = None) -> Cost:
         scorer += parts.scorer.macs(site) if parts.aggregator.needs_scores else 0
         params += parts.scorer.params(site) if parts.aggregator.needs_scores else 0
         aggregator += parts.aggregator.macs(site) if site.tokens_out < site.tokens_in else 0
-    return Cost(
-        stem_macs, attention, mlp, scorer, aggregator, head_macs, stem_params + head_params + params
-    )
+    return Cost(stem_macs, attention, mlp, scorer, aggregator, head_macs, stem_params + head_params + params)
 
 
 def attention_macs(block: BlockPlan, dim: int, *, tokens: int, queries: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,13 +266,21 @@ def _fashion_mnist(root: str | None) -> tuple[tuple[Tensor, Tensor], tuple[Tenso
 
 def _read_idx_pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor]:
     arrays = []
-    for suffix, header in (("images-idx3", 16), ("labels-idx1", 8)):
+    for suffix, header, size in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
         path = folder / f"{prefix}-{suffix}-ubyte.gz"
         try:
-            arrays.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
-        except (OSError, EOFError, ValueError) as error:
+            data = gzip.decompress(path.read_bytes())
+            count = int.from_bytes(data[4:8], "big")
+            if len(data) != header + count * size:
+                raise ValueError(f"{len(data)} bytes for {count} entries")
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise DataError(f"{path}: cannot be read ({error}); fetch the file again") from None
+        arrays.append(np.frombuffer(data, np.uint8, offset=header))
     images, labels = arrays
+    if len(images) != len(labels) * 28 * 28:
+        raise DataError(
+            f"{folder}: the {prefix} files hold different numbers of images and labels; fetch both again"
+        )
     return (
         torch.from_numpy(images.reshape(-1, 1, 28, 28).copy()),
         torch.from_numpy(labels.astype(np.int64)),

@@ -82,13 +82,17 @@ def _data() -> Check:
 
     if FASHION_MNIST_DEBIAN.is_dir():
         return _entry("data", "ok", "digits (embedded), Fashion-MNIST (installed by Debian's package)")
-    return _entry("data", "note", "digits (embedded); Fashion-MNIST will be downloaded by torchvision at first use")
+    return _entry(
+        "data", "note", "digits (embedded); Fashion-MNIST will be downloaded by torchvision at first use"
+    )
 
 
 def _compiler() -> Check:
     if shutil.which("c++") or shutil.which("g++"):
         return _entry("compiler", "ok", "found; needed only if you ask DeepSpeed for its fused optimisers")
-    return _entry("compiler", "note", "none; this only rules out DeepSpeed's fused optimisers, torch's are used")
+    return _entry(
+        "compiler", "note", "none; this only rules out DeepSpeed's fused optimisers, torch's are used"
+    )
 
 
 def _cache() -> Check:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
 
 from ucc_search.config import AugmentConfig, DataConfig
 from ucc_search.data import IMAGENET_MEAN, IMAGENET_STD, DecodedImages, Splits, split_indices

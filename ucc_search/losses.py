@@ -17,7 +17,9 @@ from ucc_search.interfaces import DistillContext, Distiller, Features, Outputs
 class TaskLoss(nn.Module):
     """Cross-entropy of a classifier with label smoothing, on images mixed by mixup or CutMix."""
 
-    def __init__(self, model: nn.Module, *, classes: int, label_smoothing: float, augment: AugmentConfig) -> None:
+    def __init__(
+        self, model: nn.Module, *, classes: int, label_smoothing: float, augment: AugmentConfig
+    ) -> None:
         super().__init__()
         self.model = model
         self._smoothing = label_smoothing

@@ -125,7 +125,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
-        raise ModelError(f"{path}: no such checkpoint; give a .safetensors or .pth file, or a teacher's folder")
+        raise ModelError(
+            f"{path}: no such checkpoint; give a .safetensors or .pth file, or a teacher's folder"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 from ucc_search import estimate
-from ucc_search.campaign import Scheduler, components_of
 from ucc_search.config import RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import ConfigError
 from ucc_search.interfaces import ComponentRef
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import HOOKS, Plugins
+from ucc_search.schedule import Scheduler, check_budgets, components_of
 from ucc_search.shapes import model_shape, train_images
 from ucc_search.space import SearchSpace
 from ucc_search.units import format_macs, format_params
@@ -30,8 +30,6 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
     Raises:
         UserError: what `search` would refuse as well: an unreachable budget, unknown components.
     """
-    from ucc_search.runner import check_budgets
-
     shape = model_shape(config)
     scheduler = Scheduler(config, shape, plugins)
     space = SearchSpace.of(config.space, shape, plugins)
@@ -185,5 +183,3 @@ def plugins_text(found: dict[str, Any]) -> str:
                 name = component["name"].rpartition("/")[2]
                 lines.append(f"  {component['kind']:<11} {name:<16} {component['summary']}")
     return "\n".join(lines)
-
-

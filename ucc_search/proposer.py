@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -36,7 +36,7 @@ class Proposer:
         *,
         sampler: str,
         seed: int,
-        direction: str,
+        direction: Literal["minimize", "maximize"],
         storage: Path,
         study: str,
     ) -> None:

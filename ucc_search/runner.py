@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ucc_search import estimate
-from ucc_search.campaign import Campaign, Job, Scheduler
+from ucc_search.analysis import pareto_front
+from ucc_search.campaign import Campaign, Job
 from ucc_search.config import RunConfig, dump_config
 from ucc_search.errors import RunError
 from ucc_search.interfaces import Components
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
+from ucc_search.schedule import Scheduler, check_budgets
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
 from ucc_search.store import Run, RunStore, TrialRow, environment
@@ -74,29 +76,21 @@ def search(
         finally:
             store.write_tables()
         estimate.remember(campaign.rows, config)
+        if config.search.keep_weights == "front":
+            _drop_weights(store)
         log(f"{len(campaign.rows)} trials in {time.monotonic() - start:.0f} s, in {path}")
     return Run(path)
 
 
-def check_budgets(config: RunConfig, scheduler: Scheduler, space: SearchSpace, plugins: Plugins) -> None:
-    """Refuse a run some part of which could never meet a budget, before anything is measured.
+def _drop_weights(store: RunStore) -> None:
+    """Delete the trained models that are not on the front; their rows and plans stay."""
+    from ucc_search.saving import ARCH, WEIGHTS
 
-    Raises:
-        BudgetError: naming the reachable range.
-    """
-    from ucc_search.campaign import components_of
-
-    for budget in scheduler.budgets:
-        for candidate in space.corners():
-            cascade = plugins.build("cascade", candidate.components["cascade"])
-            if not cascade.needs_model:
-                scheduler.plan(candidate.components, candidate.keep_ratios, budget)
-        for baseline in config.baselines:
-            refs = components_of(baseline)
-            plugins.check("distiller", refs["distiller"])
-            plugins.build("distiller", refs["distiller"])
-            if not plugins.build("cascade", refs["cascade"]).needs_model:
-                scheduler.plan(refs, None, budget)
+    kept = {trial for point in pareto_front(store.rows()) for trial in point.trials}
+    for row in store.rows():
+        if row.id not in kept:
+            for name in (WEIGHTS, ARCH):
+                (store.folder(row.id) / name).unlink(missing_ok=True)
 
 
 def _prepare_teacher(config: RunConfig, log: Log) -> None:
@@ -164,7 +158,8 @@ def _run_on_ray(campaign: Campaign, log: Log) -> None:
         try:
             tuner = tune.Tuner(
                 tune.with_resources(
-                    trainable, {"cpu": workers if at_once * workers <= cpus else 1, "gpu": search.gpus_per_trial}
+                    trainable,
+                    {"cpu": workers if at_once * workers <= cpus else 1, "gpu": search.gpus_per_trial},
                 ),
                 tune_config=tune.TuneConfig(
                     search_alg=searcher, num_samples=-1, max_concurrent_trials=at_once, reuse_actors=True

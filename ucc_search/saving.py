@@ -54,13 +54,18 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
     folder = Path(folder)
     path = folder / ARCH
     if not path.is_file():
-        raise ModelError(f"{folder}: no {ARCH}; give the folder of a trained trial, for example RUN/trials/12")
+        raise ModelError(
+            f"{folder}: no {ARCH}; give the folder of a trained trial, for example RUN/trials/12"
+        )
     try:
         arch = json.loads(path.read_text(encoding="utf-8"))
         if arch["format"] != ARCH_FORMAT:
             raise ModelError(f"{path}: format {arch['format']}, expected {ARCH_FORMAT}; upgrade ucc-search")
         plan = CompressionPlan.from_dict(arch["plan"])
-        refs = {k: ComponentRef(v["name"], {n: p for n, p in v.items() if n != "name"}) for k, v in arch["components"].items()}
+        refs = {
+            k: ComponentRef(v["name"], {n: p for n, p in v.items() if n != "name"})
+            for k, v in arch["components"].items()
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: not readable ({type(error).__name__}: {error})") from None
     # A model of built-in components must load where the run's local plugins do not exist.

@@ -17,8 +17,8 @@ from ucc_search.config import RunConfig
 from ucc_search.data import Splits, load_data, ordered_batches
 from ucc_search.errors import ConfigError, ModelError
 from ucc_search.losses import TaskLoss
-from ucc_search.shapes import cache_folder
 from ucc_search.models import ASSETS, SHIPPED, build_model, load_weights
+from ucc_search.shapes import cache_folder
 from ucc_search.train import fit
 
 RECIPE = "recipe.json"
@@ -55,7 +55,9 @@ def checkpoint_path(config: RunConfig) -> Path | None:
     if name == "auto":
         if config.teacher is None:
             raise ConfigError("model.checkpoint is 'auto', which needs a `teacher:` section to train by")
-        recipe = json.dumps([config.model.model_dump(), config.data.model_dump(), config.teacher.model_dump()], default=str)
+        recipe = json.dumps(
+            [config.model.model_dump(), config.data.model_dump(), config.teacher.model_dump()], default=str
+        )
         digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
         folder = cache_folder() / "teachers"
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,9 @@ def _reporter(log: Callable[[str], None]) -> Callable[[int, int, float], None]:
     def report(step: int, total: int, loss: float) -> None:
         if step in (1, total) or step % max(1, total // 20) == 0:
             spent = time.monotonic() - started
-            log(f"step {step}/{total}  loss {loss:.3f}  {spent:.0f} s  ({spent / step * (total - step):.0f} s left)")
+            log(
+                f"step {step}/{total}  loss {loss:.3f}  {spent:.0f} s  ({spent / step * (total - step):.0f} s left)"
+            )
 
     return report
 
@@ -147,7 +151,9 @@ def accuracy(model: nn.Module, images: Any, *, batch_size: int = 500) -> float:
     return right / len(images)
 
 
-def teacher_for_command(config: RunConfig, out: Path, *, log: Callable[[str], None] = print) -> dict[str, Any]:
+def teacher_for_command(
+    config: RunConfig, out: Path, *, log: Callable[[str], None] = print
+) -> dict[str, Any]:
     """`ucc-search train-teacher`: load the data, train, write."""
     splits = load_data(config.data, config.teacher.augment if config.teacher else None)
     return train_teacher(config, splits, out, log=log)

@@ -117,7 +117,11 @@ def fit(
 
 
 def _step(
-    engine: Engine, batches: Iterator[tuple[Tensor, Tensor]], rounds: int, progress: float, device: torch.device
+    engine: Engine,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    rounds: int,
+    progress: float,
+    device: torch.device,
 ) -> tuple[float, dict[str, float]]:
     """One optimiser step over `rounds` batches; returns the mean loss and its mean parts."""
     loss_sum, parts_sum = 0.0, dict[str, float]()
@@ -274,7 +278,9 @@ def _import_deepspeed() -> Any:
         # Else init_distributed compiles a shared-memory op for a minute, even for a single process.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     except AttributeError:
-        logging.getLogger(__name__).warning("this DeepSpeed compiles an op at first use; the first trial is slow")
+        logging.getLogger(__name__).warning(
+            "this DeepSpeed compiles an op at first use; the first trial is slow"
+        )
     return deepspeed
 
 

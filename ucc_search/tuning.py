@@ -44,7 +44,9 @@ class CampaignSearcher(Searcher):
         self._jobs[trial_id] = job
         return dict(self._task(job))
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         from ucc_search.runner import describe
 
         job = self._jobs.pop(trial_id, None)

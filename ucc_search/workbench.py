@@ -83,7 +83,9 @@ class Workbench:
         chosen, test = (accuracy(self.teacher, s) for s in (self.splits.select, self.splits.test))
         return Measurement(0.0, chosen, test, compute_seconds=time.perf_counter() - start)
 
-    def calibrated_accuracy(self, components: Components, plan: CompressionPlan, images: int = 500) -> Callable:
+    def calibrated_accuracy(
+        self, components: Components, plan: CompressionPlan, images: int = 500
+    ) -> Callable:
         """Accuracy of `plan` with other tokens, on the first calibration images: for calibrated cascades."""
 
         def evaluate(tokens: Sequence[int]) -> float:

@@ -71,7 +71,13 @@ def _train(
     identities = {kind: bench.plugins.identity(kind, ref.name) for kind, ref in refs.items()}
     arch = arch_of(bench.config.model, refs, identities, bench.plugins.sources)
     return bench.train(
-        plan, parts, refs["distiller"], seed=task["job"]["seed"], out=Path(task["out"]), arch=arch, worker=worker
+        plan,
+        parts,
+        refs["distiller"],
+        seed=task["job"]["seed"],
+        out=Path(task["out"]),
+        arch=arch,
+        worker=worker,
     )
 
 
@@ -96,7 +102,9 @@ def _rank_main(rank: int, world: int, rendezvous: str, task: dict[str, Any], res
         kind: ComponentRef(value["name"], {k: v for k, v in value.items() if k != "name"})
         for kind, value in job["components"].items()
     }
-    measured = _train(bench, task, CompressionPlan.from_dict(job["plan"]), refs, Worker(rank, world, rendezvous))
+    measured = _train(
+        bench, task, CompressionPlan.from_dict(job["plan"]), refs, Worker(rank, world, rendezvous)
+    )
     if rank == 0:
         torch.save(measured.__dict__, result)
     torch.distributed.barrier()

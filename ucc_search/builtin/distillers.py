@@ -156,7 +156,9 @@ def _two_level_losses(
             # Every term stays in the graph, at weight zero when off: with several workers each
             # parameter must take part in every step.
             terms = {
-                "logits": settings.logits * imitating * logit_kl(student.logits_BC, teacher.logits_BC, settings.tau),
+                "logits": settings.logits
+                * imitating
+                * logit_kl(student.logits_BC, teacher.logits_BC, settings.tau),
                 "exploration": settings.exploration * exploring * self._exploration(student, teacher),
             }
             if shallow:

@@ -33,7 +33,9 @@ def compress(model: nn.Module, plan: CompressionPlan, components: Components | N
     """
     shape = shape_of(model, plan.shape.name)
     if shape != plan.shape:
-        raise PlanError(f"the plan was made for another model than this {plan.shape.name}; make it from shape_of(model)")
+        raise PlanError(
+            f"the plan was made for another model than this {plan.shape.name}; make it from shape_of(model)"
+        )
     parts = components or default_components()
     _refuse_widths(plan)
     sites = {site.block: site for site in parts.sites(plan)}
@@ -77,4 +79,6 @@ def _must_weigh(parts: Components, sites: dict[int, object], block: int) -> bool
 def _refuse_widths(plan: CompressionPlan) -> None:
     identity = CompressionPlan.identity(plan.shape)
     if plan.replace(tokens_out=plan.shape.tokens, head_tokens_only=False) != identity:
-        raise PlanError("this version realises token plans only; leave widths, ranks and depth at the model's own")
+        raise PlanError(
+            "this version realises token plans only; leave widths, ranks and depth at the model's own"
+        )

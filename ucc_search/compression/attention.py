@@ -37,7 +37,9 @@ class CompressedAttention(nn.Module):
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
         self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
 
-    def forward(self, x_BTD: Tensor, *, need_map: bool = False, key_bias_BT: Tensor | None = None) -> Attended:
+    def forward(
+        self, x_BTD: Tensor, *, need_map: bool = False, key_bias_BT: Tensor | None = None
+    ) -> Attended:
         q, k, v = self._project(x_BTD)
         bias = None if key_bias_BT is None else key_bias_BT[:, None, None, :].to(q.dtype)
         if need_map:

@@ -53,7 +53,9 @@ def refusals(model: nn.Module) -> list[str]:
     """Why this model cannot be compressed here; empty if it can."""
     if not isinstance(model, VisionTransformer):
         kind = type(model).__name__
-        return [_OTHER_FAMILIES.get(kind, f"{kind} is not timm's VisionTransformer, whose blocks are known here")]
+        return [
+            _OTHER_FAMILIES.get(kind, f"{kind} is not timm's VisionTransformer, whose blocks are known here")
+        ]
     reasons = []
     if model.dynamic_img_size:
         reasons.append("its token count follows the image size; build it with dynamic_img_size=False")
@@ -122,7 +124,9 @@ def capabilities(model: nn.Module, name: str) -> dict[str, Any]:
 
 def _name(model: nn.Module) -> str:
     config = getattr(model, "pretrained_cfg", None)
-    return str(getattr(config, "architecture", "") or (config or {}).get("architecture") or type(model).__name__)
+    return str(
+        getattr(config, "architecture", "") or (config or {}).get("architecture") or type(model).__name__
+    )
 
 
 def _input_channels(model: VisionTransformer) -> int:
@@ -194,7 +198,9 @@ def _head_cost(model: VisionTransformer) -> AffineCost:
     if isinstance(pool, AttentionPoolLatent):
         pool_params = sum(p.numel() for p in pool.parameters())
         linears = [m for m in (pool.q, pool.proj) if isinstance(m, nn.Linear)]
-        linears += [m for m in (pool.mlp.modules() if pool.mlp is not None else ()) if isinstance(m, nn.Linear)]
+        linears += [
+            m for m in (pool.mlp.modules() if pool.mlp is not None else ()) if isinstance(m, nn.Linear)
+        ]
         pool_macs = pool.latent_len * sum(m.weight.numel() for m in linears)
     return AffineCost(
         macs=pool_macs,

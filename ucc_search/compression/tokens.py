@@ -30,9 +30,7 @@ def initial_state(x_BND: Tensor, *, owners: bool, trace: bool) -> TokenState:
     position_BN = torch.arange(count, device=x_BND.device).expand(batch, count)
     size_BN = torch.ones(batch, count, device=x_BND.device, dtype=x_BND.dtype)
     compose = torch.eye(count, device=x_BND.device, dtype=x_BND.dtype).expand(batch, count, count)
-    return TokenState(
-        position_BN, size_BN, None, position_BN if owners else None, compose if trace else None
-    )
+    return TokenState(position_BN, size_BN, None, position_BN if owners else None, compose if trace else None)
 
 
 def reduce_tokens(
