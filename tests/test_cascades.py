@@ -89,9 +89,14 @@ def test_proposals_that_fit_no_model_are_refused(ratios):
 
 
 def test_constant_removes_the_same_number_everywhere():
-    values = [196.0, *Constant().profile(request())(0.6)]
+    values = [196.0, *Constant().profile(request())(0.06)]
     steps = [a - b for a, b in itertools.pairwise(values)]
-    assert steps == pytest.approx([0.6 * 195 / 12] * 12)
+    assert steps == pytest.approx([0.06 * 195] * 12)
+
+
+def test_constant_goes_on_with_one_token_once_the_others_are_gone():
+    # Else merging a fixed number could never halve the cost of a deep model.
+    assert Constant().profile(request())(0.5) == pytest.approx([98.5] + [1.0] * 11)
 
 
 def test_staged_cuts_where_told():

@@ -8,7 +8,7 @@ from typing import Any
 from ucc_search.budget import Budget, budgets, project, whole_tokens, with_tokens
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost
-from ucc_search.errors import PluginError
+from ucc_search.errors import BudgetError, PluginError
 from ucc_search.interfaces import ComponentRef, Components, ScheduleRequest
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
@@ -99,7 +99,10 @@ def check_budgets(config: RunConfig, scheduler: Scheduler, space: SearchSpace, p
                 scheduler.plan(candidate.components, candidate.keep_ratios, budget)
         for baseline in config.baselines:
             refs = components_of(baseline)
-            plugins.check("distiller", refs["distiller"])
             plugins.build("distiller", refs["distiller"])
-            if not plugins.build("cascade", refs["cascade"]).needs_model:
+            if plugins.build("cascade", refs["cascade"]).needs_model:
+                continue
+            try:
                 scheduler.plan(refs, None, budget)
+            except BudgetError as error:
+                raise BudgetError(f"baseline {baseline.name!r}: {error}, or leave the baseline out") from None

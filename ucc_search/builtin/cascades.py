@@ -54,21 +54,23 @@ class PerBlock(Cascade):
 
 
 class Constant(Cascade):
-    """The same number of tokens leaves in every block.
+    """The same number of tokens leaves in every block, until one is left.
 
-    At strength 1 one token is left, or more where the last block would keep less than `min_keep`.
+    No block keeps a smaller share than `min_keep` of what reaches it.
 
     Reference: Bolya et al. 2023, Token Merging, ICLR, section 3.1 (constant r).
     """
 
     def profile(self, request: ScheduleRequest) -> Profile:
-        """n_l = N - s c (l + 1), c tokens a block at most."""
+        """n_l = max(n_{l-1} - s (N - 1), min_keep n_{l-1}, 1)."""
         tokens, depth, low = request.shape.tokens, request.shape.depth, request.min_keep
-        # The last block keeps the smallest fraction: (N - c L) / (N - c (L - 1)) >= min_keep.
-        most = min((tokens - 1) / depth, tokens * (1 - low) / (depth - low * (depth - 1)))
 
         def family(strength: float) -> list[float]:
-            return [tokens - strength * most * (i + 1) for i in range(depth)]
+            removed = strength * (tokens - 1)
+            kept = itertools.accumulate(
+                range(depth), lambda n, _: max(n - removed, low * n, 1.0), initial=float(tokens)
+            )
+            return list(kept)[1:]
 
         return family
 
