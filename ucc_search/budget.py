@@ -48,13 +48,14 @@ def budgets(config: BudgetConfig, dense: Cost) -> list[Budget]:
 
 
 def _text(value: str | float | None) -> str:
-    return str(value).replace(" ", "")
+    whole = isinstance(value, float) and value.is_integer()
+    return f"{value:.0f}" if whole else str(value).replace(" ", "")
 
 
 def _limit(value: str | float, dense: int, key: str) -> int:
-    text = str(value).strip()
+    text = _text(value)
     if not text.endswith("%"):
-        return parse_amount(value, key=key)
+        return parse_amount(text, key=key)
     try:
         percent = float(text[:-1])
     except ValueError:

@@ -49,24 +49,14 @@ app.add_typer(plugins_app, name="plugins")
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 no usable trial, 2 the input is wrong, 3 interrupted."""
-    import click
-
     try:
-        code = app(standalone_mode=False)
+        app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        code = 2
-    except click.ClickException as error:
-        error.show()
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("interrupted", err=True)
-        code = 3
+        sys.exit(2)
     except BrokenPipeError:
         # The reader of a pipe went away; so does the rest of the output.
         sys.stderr.close()
-        code = 0
-    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _version(value: bool) -> None:
@@ -140,7 +130,7 @@ def search(
     no_plugins: NoPlugins = False,
     strict_plugins: Strict = False,
     sets: Sets = None,
-) -> int:
+) -> None:
     """Search, train the best candidates, and print the Pareto table."""
     config = _config(space, sets, budgets=budget, trials=trials, seed=seed)
     plugins = _plugins(config, plugin, disable_plugin, no_plugins, strict_plugins)
@@ -154,11 +144,14 @@ def search(
         run = run_search(config, out=out, resume=resume, plugins=plugins, log=_echo)
     except Interrupted as error:
         typer.echo(str(error), err=True)
-        return 3
+        raise typer.Exit(3) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted before the first trial; nothing was written, run it again", err=True)
+        raise typer.Exit(3) from None
     print_analysis(run, Console())
     with open(run.path / "analysis.txt", "w", encoding="utf-8") as file:
         print_analysis(run, Console(file=file, width=160))
-    return exit_code(run)
+    raise typer.Exit(exit_code(run))
 
 
 @app.command()
@@ -263,10 +256,10 @@ def list_plugins(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> int:
+def doctor(as_json: Json = False) -> None:
     """Check this machine: packages, devices, data, and what DeepSpeed and Ray can do here."""
     from ucc_search.doctor import check_machine, doctor_text
 
     checks = check_machine()
     typer.echo(json.dumps(checks, indent=1) if as_json else doctor_text(checks))
-    return 0 if all(c["status"] != "failed" for c in checks) else 1
+    raise typer.Exit(0 if all(c["status"] != "failed" for c in checks) else 1)

@@ -33,7 +33,7 @@ def remember(rows: Sequence[TrialRow], config: RunConfig) -> None:
         measured = [
             row.seconds / (row.macs * _images(row.rung, row.fidelity, config) / 1e9)
             for row in rows
-            if row.rung == rung and row.state == "ok" and row.seconds > 0
+            if row.rung == rung and row.state == "ok" and row.origin != "dense"
         ]
         if measured:
             known[rung] = statistics.median(measured)

@@ -135,9 +135,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each reader raises its own kinds for a corrupt file
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # torch.load answers with a page of advice, some of it unsafe.
+        what = f"safetensors: {error}" if path.suffix == ".safetensors" else type(error).__name__
         raise ModelError(
-            f"{path}: not a readable checkpoint ({first_line[:120]}); "
+            f"{path}: not a readable checkpoint ({' '.join(what.split())[:120]}); "
             "expected safetensors, or a .pth of plain tensors (weights_only)"
         ) from None
     for wrapper in ("state_dict", "model", "model_state_dict"):

@@ -20,6 +20,7 @@ from ucc_search.plugins import BUILTIN, Plugins
 ARCH = "arch.json"
 WEIGHTS = "model.safetensors"
 ARCH_FORMAT = 1
+KINDS = ("scorer", "aggregator", "cascade")  # what a model needs at inference
 
 
 def arch_of(
@@ -29,7 +30,7 @@ def arch_of(
     return {
         "format": ARCH_FORMAT,
         "model": {"name": model.name, "args": dict(model.args)},
-        "components": {k: components[k].to_dict() for k in ("scorer", "aggregator", "cascade")},
+        "components": {k: components[k].to_dict() for k in KINDS},
         "identities": dict(identities),
         "plugins": list(sources),
     }
@@ -62,20 +63,15 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
         if arch["format"] != ARCH_FORMAT:
             raise ModelError(f"{path}: format {arch['format']}, expected {ARCH_FORMAT}; upgrade ucc-search")
         plan = CompressionPlan.from_dict(arch["plan"])
-        refs = {
-            k: ComponentRef(v["name"], {n: p for n, p in v.items() if n != "name"})
-            for k, v in arch["components"].items()
-        }
+        config = ModelConfig(name=arch["model"]["name"], args=arch["model"]["args"])
+        named = {kind: dict(arch["components"][kind]) for kind in KINDS}
+        refs = {kind: ComponentRef(values.pop("name"), values) for kind, values in named.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: not readable ({type(error).__name__}: {error})") from None
     # A model of built-in components must load where the run's local plugins do not exist.
     foreign = any(i.get("plugin") not in (None, BUILTIN) for i in arch.get("identities", {}).values())
     known = plugins or Plugins.load(arch.get("plugins", ()) if foreign else ())
-    dense = build_model(
-        ModelConfig(name=arch["model"]["name"], args=arch["model"]["args"]),
-        classes=plan.shape.classes,
-        channels=plan.shape.channels,
-    )
+    dense = build_model(config, classes=plan.shape.classes, channels=plan.shape.channels)
     model = compress(dense, plan, known.components(**refs))
     load_weights(model, folder)
     return model.eval()

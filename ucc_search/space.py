@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from ucc_search.config import Range, SpaceConfig
 from ucc_search.errors import ConfigError
 from ucc_search.interfaces import ComponentRef
@@ -143,8 +145,8 @@ def _parameter_dimensions(kind: str, ref: ComponentRef) -> list[Dimension]:
         name = _name(kind, ref, key)
         try:
             wanted = Range.model_validate(value)
-        except ValueError as error:
-            reason = str(error).splitlines()[2].strip() if str(error).count("\n") >= 2 else str(error)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ConfigError(
                 f"space.{name} is {dict(value)}, expected a value, {{low, high, log, step}} or {{choices}} ({reason})"
             ) from None

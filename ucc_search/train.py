@@ -228,11 +228,8 @@ class DeepSpeedEngine:
             config=deepspeed_config(config, worker.world),
             dist_init_required=False,
         )
-        self._half = _AMP.get(config.precision)
 
     def forward(self, images: Tensor, labels: Tensor, progress: float) -> Mapping[str, Tensor]:
-        if self._half is not None:
-            images = images.to(self._half)
         return self._engine(images, labels, progress)
 
     def backward(self, loss: Tensor) -> None:
@@ -260,8 +257,11 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-    if config.precision != "fp32":
-        resolved[config.precision] = {"enabled": True}
+    if config.precision in _AMP:
+        # Autocast keeps the weights in float32: DeepSpeed's own bf16 mode casts them, but not the
+        # running statistics of batch norms, which a convolution stem has.
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
+        resolved["torch_autocast"] = {"enabled": True, "dtype": dtype}
     return {**resolved, **config.deepspeed}
 
 

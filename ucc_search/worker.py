@@ -132,4 +132,7 @@ def failure_class(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    lines = str(error).strip().splitlines() or [""]
+    # A process of several that failed brings its whole traceback; the reason is its last line.
+    text = lines[-1] if "Traceback" in str(error) else " ".join(" ".join(lines).split())
+    return f"{type(error).__name__}: {text}"[:500]

@@ -38,8 +38,7 @@ class Logits(Distiller):
 
     def __init__(self, weight: float = 0.5, tau: float = 1.0) -> None:
         _check_weights(weight=weight)
-        if tau <= 0:
-            raise ValueError(f"tau is {tau}, expected a temperature above 0")
+        _check_temperature(tau)
         self.weight, self.tau = weight, tau
 
     def losses(self, student: Outputs, teacher: Outputs | None, progress: float) -> Mapping[str, Tensor]:
@@ -88,10 +87,15 @@ class TwoLevel(Distiller):
         shallow: Sequence[int] = (0, 1),
     ) -> None:
         _check_weights(logits=logits, imitation=imitation, exploration=exploration)
+        _check_temperature(tau)
         if not 0.0 < mask_ratio <= 1.0:
             raise ValueError(f"mask_ratio is {mask_ratio}, expected 0 < mask_ratio <= 1")
         if schedule not in ("parallel", "sequential"):
             raise ValueError(f"schedule is {schedule!r}, expected parallel or sequential")
+        if not 0.0 <= switch <= 1.0:
+            raise ValueError(f"switch is {switch}, expected 0 to 1 (a share of the training)")
+        if any(i < 0 for i in shallow):
+            raise ValueError(f"shallow is {list(shallow)}, expected indices of blocks, 0 or more")
         self.logits, self.tau = logits, tau
         self.imitation, self.exploration, self.mask_ratio = imitation, exploration, mask_ratio
         self.schedule, self.switch, self.shallow = schedule, switch, tuple(shallow)
@@ -128,6 +132,11 @@ def _check_weights(**weights: float) -> None:
     for name, value in weights.items():
         if value < 0:
             raise ValueError(f"{name} is {value}, expected a loss weight of 0 or more")
+
+
+def _check_temperature(tau: float) -> None:
+    if tau <= 0:
+        raise ValueError(f"tau is {tau}, expected a temperature above 0")
 
 
 def _two_level_losses(

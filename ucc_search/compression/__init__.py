@@ -67,7 +67,8 @@ def compress(model: nn.Module, plan: CompressionPlan, components: Components | N
         )
     restore = bool(sites) and parts.aggregator.merges and shape.pool in ("avg", "avgmax")
     small.blocks = CascadeBlocks(blocks, prefix=shape.prefix_tokens, restore=restore)
-    small.train(model.training)
+    # Scorers make buffers and parameters of their own, on the CPU.
+    small.to(next(model.parameters()).device).train(model.training)
     return small
 
 

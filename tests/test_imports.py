@@ -1,0 +1,151 @@
+"""Imports point one way, and only the modules that must be slow to import are."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "ucc_search"
+HEAVY = {"torch", "torchvision", "timm", "ray", "optuna", "deepspeed", "pandas", "numpy", "sklearn"}
+
+LIGHT = [
+    *("errors", "plan", "costs", "interfaces", "hookspecs", "units", "builtin", "plugins", "config"),
+    *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
+    *("report", "cli"),
+]
+"""Importing these loads none of HEAVY, themselves or through others."""
+
+ALLOWED = {
+    "errors": set(),
+    "plan": {"errors"},
+    "units": {"errors"},
+    "costs": {"plan", "interfaces", "builtin"},
+    "interfaces": {"plan"},
+    "hookspecs": {"interfaces"},
+    "config": {"errors", "interfaces"},
+    "plugins": {"builtin", "errors", "hookspecs", "interfaces"},
+    "budget": {"config", "costs", "errors", "interfaces", "plan", "units"},
+    "space": {"config", "errors", "interfaces", "plan", "plugins"},
+    "schedule": {"budget", "config", "costs", "errors", "interfaces", "plan", "plugins", "space"},
+    "analysis": {"errors", "store", "units"},
+    "proposer": {"space"},
+    "compression": {"builtin", "errors", "interfaces", "plan"},
+    "builtin": {"errors", "hookspecs", "interfaces", "plan"},
+}
+"""All that these modules may import of ours, wherever in the file; others are not restricted."""
+
+OWNERS = {
+    "ray": {"runner", "tuning", "doctor"},
+    "optuna": {"proposer"},
+    "deepspeed": {"train"},
+}
+"""The only modules that name these packages; doctor asks whether they work."""
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """`builtin` for everything in `builtin/`, `plan` for `plan.py`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, *, at_import_time: bool = False, typing_too: bool = True) -> set[str]:
+    """Dotted names that a file imports; `from ucc_search import x` counts as `ucc_search.x`."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; this test would not see it"
+            whole = node.module or ""
+            found.update(f"{whole}.{a.name}" if whole == "ucc_search" else whole for a in node.names)
+        elif at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing_too:
+            return
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def ours(names: set[str]) -> set[str]:
+    return {n.split(".")[1] for n in names if n.startswith("ucc_search.")}
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_a_module_imports_only_what_lies_below_it(module):
+    files = [p for p in sources() if module_of(p) == module]
+    assert files, f"{module} is gone; take it out of ALLOWED"
+    for path in files:
+        above = ours(imports(path)) - ALLOWED[module] - {module}
+        assert not above, f"{path.relative_to(PACKAGE)} imports {sorted(above)}"
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_every_heavy_tool_has_one_door(package):
+    """A change of Ray, Optuna or DeepSpeed must touch one place."""
+    users = {module_of(p) for p in sources() if package in {n.partition(".")[0] for n in imports(p)}}
+    assert users <= OWNERS[package]
+    assert users - {"doctor"}, f"nothing imports {package} any more; take it out of OWNERS"
+
+
+def test_nothing_below_imports_the_command_line():
+    users = {module_of(p) for p in sources() if "cli" in ours(imports(p))}
+    assert users == {"__main__"}
+
+
+def test_modules_import_one_another_in_no_circle():
+    """Judged by what is needed at import time: a circle there depends on who is imported first."""
+    # A package's __init__ stands for it; its own files may use one another as they like.
+    edges: dict[str, set[str]] = {}
+    for path in sources():
+        needed = ours(imports(path, at_import_time=True, typing_too=False))
+        edges.setdefault(module_of(path), set()).update(needed - {module_of(path)})
+    done: set[str] = set()
+
+    def walk(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, f"circle: {' -> '.join((*above, module))}"
+        if module not in done:
+            for below in sorted(edges.get(module, ())):
+                walk(below, (*above, module))
+            done.add(module)
+
+    for module in edges:
+        walk(module, ())
+
+
+def test_light_modules_load_nothing_heavy():
+    """One import of torch costs seconds, and `--help`, `plan` and `plugins list` import all of these."""
+    names = [f"ucc_search.{m}" for m in LIGHT]
+    code = (
+        "import importlib, sys, ucc_search\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        f"    heavy = sorted({HEAVY} & set(sys.modules))\n"
+        "    assert not heavy, f'{name} loads {heavy}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_exists_and_no_submodule_hides_one():
+    """Importing a submodule binds its name in the package, so that a function of that name is lost."""
+    code = (
+        "import importlib, pkgutil, types, ucc_search\n"
+        "for info in pkgutil.iter_modules(ucc_search.__path__):\n"
+        "    if info.name != '__main__':\n"
+        "        importlib.import_module(f'ucc_search.{info.name}')\n"
+        "for name in ucc_search.__all__:\n"
+        "    assert not isinstance(getattr(ucc_search, name), types.ModuleType), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

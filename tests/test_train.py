@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ucc_search.compression import compress, shape_of
+from ucc_search.config import AugmentConfig, DataConfig, TrainConfig
+from ucc_search.data import load_data, training_batches
+from ucc_search.errors import ConfigError
+from ucc_search.losses import TaskLoss
+from ucc_search.models import small_vit
+from ucc_search.plan import CompressionPlan
+from ucc_search.train import (
+    TrainingError,
+    Worker,
+    deepspeed_config,
+    fit,
+    learning_rate_factor,
+    new_rendezvous,
+    parameter_groups,
+)
+from ucc_search.workbench import annealed_tokens
+
+
+@functools.cache
+def digits():
+    return load_data(DataConfig(name="digits"))
+
+
+def dense():
+    stem = {"stem_channels": (8,), "stem_strides": (2,)}
+    return small_vit(classes=10, channels=1, img_size=8, **stem, embed_dim=24, depth=3, num_heads=3)
+
+
+def loss_module(seed=0):
+    """A compressed model, so that gathers and merges are trained through."""
+    torch.manual_seed(seed)
+    model = dense()
+    plan = CompressionPlan.identity(shape_of(model)).replace(tokens_out=[16, 9, 9], head_tokens_only=True)
+    small = compress(model, plan)
+    return TaskLoss(small, classes=10, label_smoothing=0.1, augment=AugmentConfig())
+
+
+def config(**changes):
+    return TrainConfig(**{"engine": "torch", "steps": 12, "batch_size": 32, "clip_grad": 1.0, **changes})
+
+
+def losses(seed=0, worker=None, **changes):
+    return fit(loss_module(seed), digits().train, config(**changes), seed=seed, worker=worker).losses
+
+
+# Engines
+
+
+def in_new_process(code, tmp_path, *arguments):
+    """DeepSpeed sets up process groups and settings of the whole process, so it gets one of its own."""
+    extensions = tmp_path / "extensions"
+    extensions.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, extensions
+
+
+BOTH_ENGINES = """
+import torch
+from test_train import losses
+torch.set_num_threads(1)
+for options in ({}, {"gradient_accumulation": 2}, {"optimizer": {"type": "SGD", "lr": 0.05}}):
+    plain, deep = (losses(engine=e, **options) for e in ("torch", "deepspeed"))
+    print(max(abs(a - b) for a, b in zip(plain, deep, strict=True)), len(plain), plain[0] - plain[-1])
+"""
+
+
+def test_deepspeed_trains_as_plain_torch_does_and_compiles_nothing(tmp_path):
+    printed, extensions = in_new_process(BOTH_ENGINES, tmp_path)
+    rows = [line.split() for line in printed.splitlines()]
+    assert len(rows) == 3, printed
+    for difference, steps, learned in rows:
+        assert float(difference) < 1e-4
+        assert int(steps) == 12
+        assert float(learned) > 0
+    assert list(extensions.iterdir()) == []
+
+
+TWO_RANKS = """
+import json, sys
+import torch
+from test_train import losses
+from ucc_search.train import Worker
+torch.set_num_threads(1)
+worker = Worker(int(sys.argv[1]), 2, sys.argv[2])
+print(json.dumps(losses(engine="deepspeed", workers=2, worker=worker)))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    rendezvous = new_rendezvous(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        printed = list(pool.map(lambda r: in_new_process(TWO_RANKS, tmp_path, r, rendezvous)[0], "01"))
+    first, second = (json.loads(text.splitlines()[-1]) for text in printed)
+    # Each rank reports the loss on its half of the batch.
+    together = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    assert together == pytest.approx(losses(), abs=1e-4)
+
+
+def test_several_processes_need_deepspeed():
+    with pytest.raises(ConfigError, match=r"needs train\.engine: deepspeed"):
+        losses(worker=Worker(0, 2))
+
+
+def test_deepspeed_gets_the_batch_sizes_it_checks():
+    resolved = deepspeed_config(
+        config(batch_size=96, gradient_accumulation=3, workers=2, deepspeed={"prescale_gradients": True}), 2
+    )
+    assert resolved["train_batch_size"] == 96
+    assert resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * 2 == 96
+    assert resolved["prescale_gradients"] is True
+    assert resolved["optimizer"]["params"]["torch_adam"] is True  # the other one compiles for minutes
+
+
+# What training does
+
+
+def test_runs_repeat_by_seed():
+    first = losses()
+    assert first == losses()
+    assert first != losses(seed=1)
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
+    # The small batches of an epoch cut the same shuffled order, so they add up to the big ones.
+    assert losses(gradient_accumulation=4) == pytest.approx(losses(), abs=1e-5)
+
+
+def test_training_learns():
+    curve = losses(steps=60, optimizer={"lr": 5e-3})
+    assert sum(curve[-10:]) < 0.8 * sum(curve[:10])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_its_step():
+    module = loss_module()
+
+    def spoil(progress):
+        if progress >= 0.5:
+            with torch.no_grad():
+                module.model.head.weight.fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match="loss is nan at step 6 of 12"):
+        fit(module, digits().train, config(), seed=0, before_step=spoil)
+
+
+def test_the_average_follows_the_weights():
+    module, decay, seen = loss_module(), 0.5, []
+    weight = module.model.head.weight
+
+    def remember(step, total, loss):
+        seen.append(weight.detach().clone())
+
+    result = fit(module, digits().train, config(ema=decay), seed=0, after_step=remember)
+    expected = seen[0]
+    for value in seen[1:]:
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(result.averaged.head.weight, expected)
+    assert not torch.equal(result.averaged.head.weight, weight)
+    assert set(result.averaged.state_dict()) == set(module.model.state_dict())
+    assert fit(loss_module(), digits().train, config(steps=1), seed=0).averaged is None
+
+
+def test_callbacks_see_every_step():
+    progress, steps = [], []
+    result = fit(
+        loss_module(),
+        digits().train,
+        config(steps=4),
+        seed=0,
+        before_step=progress.append,
+        after_step=lambda step, total, loss: steps.append((step, total, loss)),
+    )
+    assert progress == [0.0, 0.25, 0.5, 0.75]
+    assert steps == [(i + 1, 4, loss) for i, loss in enumerate(result.losses)]
+    assert [sum(p.values()) for p in result.parts] == pytest.approx(result.losses)
+
+
+def test_frozen_parameters_stay():
+    module = loss_module()
+    module.model.patch_embed.requires_grad_(False)
+    before = {k: v.clone() for k, v in module.model.state_dict().items()}
+    fit(module, digits().train, config(steps=2), seed=0)
+    changed = {k for k, v in module.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {k for k in before if not k.startswith("patch_embed")}
+
+
+def test_bf16_trains_close_to_full_precision():
+    assert losses(precision="bf16", steps=4) == pytest.approx(losses(steps=4), abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing_reaches_the_loss(kind):
+    module = loss_module()
+    mixing = TaskLoss(module.model, classes=10, label_smoothing=0.0, augment=AugmentConfig(**{kind: 1.0}))
+    images, labels = next(training_batches(digits().train, 32, AugmentConfig(), seed=0))
+    torch.manual_seed(0)
+    mixed = mixing(images, labels, 0.0)["task"]
+    assert bool(mixed.isfinite())
+    assert mixed.item() != module(images, labels, 0.0)["task"].item()
+
+
+# Settings
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_floor():
+    settings = config(optimizer={"lr": 1e-3}, schedule={"warmup": 0.1, "min_lr": 1e-5})
+    factor = learning_rate_factor(settings, 100)
+    rates = [factor(step) for step in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(rates) == rates[10] == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[55] == pytest.approx((1 + 0.01) / 2)
+    assert rates[100] == pytest.approx(0.01)
+    constant = learning_rate_factor(config(schedule={"type": "constant", "warmup": 0.0}), 100)
+    assert {constant(step) for step in range(100)} == {1.0}
+
+
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_short_runs_have_a_learning_rate_above_zero(total):
+    factor = learning_rate_factor(config(schedule={"warmup": 0.9}), total)
+    assert all(0 < factor(step) <= 1 for step in range(total))
+
+
+def test_vectors_and_tokens_are_not_decayed():
+    module = loss_module()
+    groups = parameter_groups(module, 0.05)
+    names = {id(p): n for n, p in module.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in g["params"]} for g in groups)
+    assert [g["weight_decay"] for g in groups] == [0.05, 0.0]
+    assert decayed | plain == set(names.values())
+    assert {"model.blocks.0.attn.qkv.weight", "model.head.weight", "model.blocks.2.mlp.fc1.weight"} <= decayed
+    assert {"model.cls_token", "model.pos_embed", "model.norm.weight", "model.head.bias"} <= plain
+    assert not any(n.endswith(("bias", "_token", "pos_embed")) or ".norm" in n for n in decayed)
+
+
+def test_steps_follow_from_epochs():
+    assert config(steps=None, epochs=2.5, batch_size=10).total_steps(105) == 25
+    assert config(steps=None, epochs=0.01, batch_size=10).total_steps(105) == 1
+    assert config(steps=None, epochs=1, batch_size=512).total_steps(105) == 1
+
+
+def test_annealed_tokens_fall_from_all_to_the_plan():
+    shape = shape_of(dense())
+    plan = CompressionPlan.identity(shape).replace(tokens_out=[14, 9, 3])
+    schedule = [annealed_tokens(plan, step / 100, 0.1, 0.5) for step in range(101)]
+    assert schedule[0] == schedule[10] == [16, 16, 16]
+    assert schedule[30] == [15, round(16 - 3.5), round(16 - 6.5)]
+    assert all(s == [14, 9, 3] for s in schedule[50:])
+    for before, after in itertools.pairwise(schedule):
+        assert all(a >= b for a, b in zip(before, after, strict=True))
+        assert after == sorted(after, reverse=True)
+    assert annealed_tokens(plan, 0.0, 0.0, 0.0) == [14, 9, 3]
+
+
+def test_rendezvous_never_repeat(tmp_path):
+    paths = {new_rendezvous(tmp_path) for _ in range(20)}
+    assert len(paths) == 20
+    assert not any(os.path.exists(p) for p in paths)
