@@ -212,7 +212,6 @@ class Campaign:
     def _row(self, job: Job, outcome: Mapping[str, Any]) -> TrialRow:
         parts = self.plugins.components(*(job.components[k] for k in _INFERENCE))
         price = cost(job.plan, parts)
-        train = self.config.train
         return TrialRow(
             id=job.id,
             state=outcome["state"],
@@ -229,11 +228,18 @@ class Campaign:
             feasible=job.budget.holds(price),
             tokens=list(job.plan.tokens),
             plan_key=plan_key(job.plan),
-            **{k: outcome.get(k) for k in ("kl", "accuracy", "test_accuracy", "loss", "failure", "error")},
-            **{kind: job.components[kind].name for kind in KINDS},
+            kl=outcome.get("kl"),
+            accuracy=outcome.get("accuracy"),
+            test_accuracy=outcome.get("test_accuracy"),
+            loss=outcome.get("loss"),
+            failure=outcome.get("failure"),
+            error=outcome.get("error"),
+            scorer=job.components["scorer"].name,
+            aggregator=job.components["aggregator"].name,
+            cascade=job.components["cascade"].name,
+            distiller=job.components["distiller"].name,
             components=_dicts(job.components),
-            identities={kind: self.plugins.identity(kind, job.components[kind].name) for kind in KINDS}
-            | ({"engine": train.engine} if job.rung == "train" else {}),
+            identities={kind: self.plugins.identity(kind, job.components[kind].name) for kind in KINDS},
             params_searched=dict(job.params),
             parent=job.parent,
             seconds=outcome.get("seconds", 0.0),

@@ -361,7 +361,8 @@ def parse_config(data: Mapping[str, Any], *, source: str = "config") -> RunConfi
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
-    return yaml.safe_dump(_plain(config.model_dump(mode="python")), sort_keys=False, allow_unicode=True)
+    plain = _plain(config.model_dump(mode="python"))
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
 
 def _plain(value: Any) -> Any:

@@ -150,7 +150,8 @@ def _run_on_ray(campaign: Campaign, log: Log) -> None:
         if started:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         workers = campaign.config.train.workers
-        cpus = int(ray.cluster_resources().get("CPU", 1))
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        cpus = int(resources.get("CPU", 1))
         at_once = search.concurrency or max(1, cpus // workers)
         threads = max(1, cpus // (at_once * workers))
         searcher = CampaignSearcher(campaign, lambda job: _task(campaign, job, threads), log)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from ucc_search.budget import Budget, budgets, project, whole_tokens, with_tokens
 from ucc_search.config import Baseline, RunConfig
@@ -14,6 +13,7 @@ from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.space import KINDS, SearchSpace, spares_last_block
 
+Profile = Callable[[float], Sequence[float]]
 Evaluate = Callable[[Sequence[int]], float]
 MakeEvaluate = Callable[[Components, CompressionPlan], Evaluate]
 
@@ -38,7 +38,7 @@ class Scheduler:
         self.base = dense.replace(head_tokens_only=spares_last_block(config.space, shape))
         self.dense_cost = cost(dense)
         self.budgets = budgets(config.budget, self.dense_cost)
-        self._profiles: dict[str, Any] = {}
+        self._profiles: dict[str, Profile] = {}
 
     def plan(
         self, refs: Mapping[str, ComponentRef], keep_ratios: Sequence[float] | None, budget: Budget
@@ -62,13 +62,13 @@ class Scheduler:
 
     def profile(
         self, refs: Mapping[str, ComponentRef], parts: Components, keep_ratios: Sequence[float] | None
-    ) -> Callable[[float], Sequence[float]]:
+    ) -> Profile:
         """The cascade's family of schedules; calibrated ones are made once."""
         cascade, shape = parts.cascade, self.base.shape
         key = repr([sorted(refs[k].to_dict().items()) for k in ("scorer", "aggregator", "cascade")])
         if key in self._profiles:
             return self._profiles[key]
-        evaluate = None
+        evaluate: Evaluate | None = None
         if cascade.needs_model and self._make_evaluate is not None:
             evaluate = self._make_evaluate(parts, self.base)
         low = self._config.space.keep_ratio.low if cascade.searched else 0.0

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -300,8 +298,3 @@ def _join(deepspeed: Any, worker: Worker) -> None:
             backend, init_method=f"file://{worker.rendezvous}", rank=worker.rank, world_size=worker.world
         )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-
-
-def new_rendezvous(folder: Path | None = None) -> str:
-    """A path that no other trial uses, for processes to meet at."""
-    return str(Path(tempfile.mkdtemp(prefix="ucc-", dir=folder)) / "rendezvous")

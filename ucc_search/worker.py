@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from ucc_search.errors import UserError
 from ucc_search.interfaces import ComponentRef
 from ucc_search.plan import CompressionPlan
 from ucc_search.saving import arch_of
-from ucc_search.train import TrainingError, Worker, new_rendezvous
+from ucc_search.train import TrainingError, Worker
 from ucc_search.workbench import Measurement, Workbench, warm_bench
 
 
@@ -83,14 +84,14 @@ def _train(
 
 def _train_together(task: Mapping[str, Any], world: int) -> Measurement:
     """Several processes train one candidate; they meet at a file, so no port can clash."""
-    import torch.multiprocessing as processes
+    from torch.multiprocessing.spawn import start_processes
 
-    rendezvous = new_rendezvous()
-    result = Path(rendezvous).with_name("result.pt")
-    processes.start_processes(
-        _rank_main, (world, rendezvous, dict(task), str(result)), nprocs=world, start_method="spawn"
-    )
-    return Measurement(**torch.load(result, weights_only=True))
+    with tempfile.TemporaryDirectory(prefix="ucc-search-") as folder:
+        rendezvous, result = (str(Path(folder) / name) for name in ("rendezvous", "result.pt"))
+        start_processes(
+            _rank_main, (world, rendezvous, dict(task), result), nprocs=world, start_method="spawn"
+        )
+        return Measurement(**torch.load(result, weights_only=True))
 
 
 def _rank_main(rank: int, world: int, rendezvous: str, task: dict[str, Any], result: str) -> None:

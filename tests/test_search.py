@@ -1,0 +1,440 @@
+"""Whole runs of a tiny model: what is measured, what is kept, and what choices may look at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import optuna
+import pytest
+import torch
+from tiny import tiny_config
+
+from ucc_search import estimate, workbench, worker
+from ucc_search.analysis import pareto_front
+from ucc_search.campaign import promoted
+from ucc_search.config import RunConfig
+from ucc_search.costs import cost
+from ucc_search.data import load_data
+from ucc_search.plan import CompressionPlan
+from ucc_search.plugins import Plugins
+from ucc_search.proposer import Proposer
+from ucc_search.runner import Interrupted, exit_code, search
+from ucc_search.store import Run, TrialRow
+
+CONFIG = tiny_config(
+    budget={"macs": ["60%", "45%"]},
+    space={
+        "scorer": ["class_attention", "random"],
+        "distiller": {"name": "logits", "weight": {"low": 0.5, "high": 2.0, "log": True}},
+    },
+    search={"trials": 10, "seeds": [0, 1]},
+    baselines=[{"name": "random"}, {"name": "staged", "cascade": "staged"}],
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UCC_SEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("UCC_SEARCH_PLUGINS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(_cache, tmp_path_factory) -> Run:
+    """A run that nothing disturbed; read, never written."""
+    return search(CONFIG, out=tmp_path_factory.mktemp("runs") / "undisturbed")
+
+
+def job_of(row: TrialRow) -> tuple:
+    """What a run must do exactly once; proposals differ by their number alone."""
+    return row.method, row.target, row.rung, row.seed
+
+
+def first_rung(run: Run) -> list[TrialRow]:
+    return [r for r in run.rows if r.origin == "search" and r.parent is None]
+
+
+def saved_plan(run: Run, row: TrialRow) -> CompressionPlan:
+    text = (run.path / "trials" / str(row.id) / "plan.json").read_text(encoding="utf-8")
+    return CompressionPlan.from_json(text)
+
+
+# Rows
+
+
+def test_a_run_does_what_the_plan_command_promised(finished):
+    done = Counter(r.rung for r in finished.rows if r.origin != "dense")
+    assert done == estimate.jobs(CONFIG)
+    assert [r.id for r in finished.rows] == list(range(len(finished.rows)))
+    assert sum(r.origin == "dense" for r in finished.rows) == 1
+    assert exit_code(finished) == 0
+
+
+def test_rows_are_complete(finished):
+    for row in finished.rows:
+        assert row.state == "ok", row.error
+        assert row.kl is not None
+        assert math.isfinite(row.kl)
+        assert row.accuracy is not None
+        assert 0 <= row.accuracy <= 1
+        assert row.seconds >= (row.compute_seconds or math.inf)
+        assert (row.test_accuracy is not None) == (row.rung == "train")
+        trained = row.rung == "train" and row.origin != "dense"
+        assert row.fidelity == (2 if trained else 0)
+        assert (row.loss is not None) == trained
+        assert (finished.path / "trials" / str(row.id) / "arch.json").is_file() == trained
+
+
+def test_every_trial_is_within_its_budget(finished):
+    """Judged again from the plan on disk: the row's own word is not enough."""
+    plugins = Plugins.load()
+    for row in finished.rows:
+        if row.origin == "dense":
+            continue
+        parts = plugins.components(
+            **{k: CONFIG_REFS(row)[k] for k in ("scorer", "aggregator", "cascade")}
+        )
+        macs = cost(saved_plan(finished, row), parts).macs
+        assert macs == row.macs
+        assert row.limit_macs is not None
+        assert macs <= row.limit_macs
+        assert row.feasible
+
+
+def CONFIG_REFS(row):
+    from ucc_search.campaign import _refs
+
+    return _refs(row.components)
+
+
+def test_searched_weights_and_components_are_recorded(finished):
+    """Else nobody can tell which loss weights a model was trained with."""
+    scorers = ("class_attention", "random")
+    for row in finished.rows:
+        if row.origin != "search":
+            continue
+        chosen = row.params_searched
+        assert row.scorer == scorers[chosen["scorer"]]
+        assert 0.5 <= chosen["distiller.logits.weight"] <= 2.0
+        assert row.components["distiller"]["weight"] == chosen["distiller.logits.weight"]
+        on_disk = json.loads((finished.path / "trials" / str(row.id) / "params.json").read_text())
+        assert on_disk == chosen
+    weights = {r.params_searched["distiller.logits.weight"] for r in first_rung(finished)}
+    assert len(weights) == CONFIG.search.trials
+
+
+def test_every_set_of_components_promotes_its_own_best(finished):
+    """Zero-shot quality does not rank one scorer against another, so neither may crowd the other out."""
+    for target in ("macs=60%", "macs=45%"):
+        for scorer in ("class_attention", "random"):
+            rows = [r for r in first_rung(finished) if (r.target, r.scorer) == (target, scorer)]
+            trained = {
+                r.parent
+                for r in finished.rows
+                if r.parent is not None and (r.target, r.scorer) == (target, scorer)
+            }
+            assert trained == {min(rows, key=lambda r: r.kl).id}
+
+
+def test_promoted_models_are_the_ones_that_were_measured(finished):
+    rows = {r.id: r for r in finished.rows}
+    children = [r for r in finished.rows if r.parent is not None]
+    assert {r.seed for r in children} == {0, 1}
+    for row in children:
+        assert row.plan_key == rows[row.parent].plan_key
+        assert row.components == rows[row.parent].components
+
+
+# Proposals
+
+
+def test_the_study_on_disk_holds_the_points_that_were_measured(finished):
+    """Not those proposed: many are projected onto one plan, and the dashboard would show them as run."""
+    backend = optuna.storages.journal.JournalFileBackend(str(finished.path / "study.journal"))
+    storage = optuna.storages.JournalStorage(backend)
+    for target in ("macs=60%", "macs=45%"):
+        study = optuna.load_study(study_name=f"tiny {target}", storage=storage)
+        rows = {r.id: r for r in first_rung(finished) if r.target == target}
+        assert [t.user_attrs["trial"] for t in study.trials] == list(rows)
+        for trial in study.trials:
+            row = rows[trial.user_attrs["trial"]]
+            assert trial.params == pytest.approx(row.params_searched)
+            assert trial.value == pytest.approx(row.kl)
+            plan = saved_plan(finished, row)
+            kept = [out / into for out, into in zip(plan.tokens, plan.tokens_in, strict=True)]
+            asked = [trial.params[f"keep.{i}"] for i in range(len(kept) - 1)]
+            low = CONFIG.space.keep_ratio.low
+            assert asked == pytest.approx([max(low, k) for k in kept[:-1]])
+
+
+def test_a_point_that_was_measured_is_not_measured_again(tmp_path, monkeypatch):
+    """Trials are few; the stub proposes each point twice in a row."""
+    fresh, repeated = Proposer.propose, {}
+
+    def propose(self):
+        key = id(self)
+        if key in repeated:
+            return repeated.pop(key)
+        repeated[key] = fresh(self)
+        return dict(repeated[key])
+
+    monkeypatch.setattr(Proposer, "propose", propose)
+    config = CONFIG.model_copy(update={"baselines": (), "search": _search(trials=8, promote=0)})
+    rows = first_rung(search(config, out=tmp_path / "run"))
+    measured = Counter((r.target, r.plan_key, repr(r.components)) for r in rows)
+    assert len(rows) == 8
+    assert max(measured.values()) == 1
+
+
+def _search(**changes):
+    return CONFIG.search.model_copy(update=changes)
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("after", [0, 3, 11, 16])
+@pytest.mark.parametrize("where", ["between", "within"])
+def test_an_interrupted_run_goes_on_with_every_trial_exactly_once(
+    after, where, finished, tmp_path, monkeypatch
+):
+    path, lines = tmp_path / "run", []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if where == "between" and sum(text.startswith("[") for text in lines) == after + 1:
+            raise KeyboardInterrupt
+
+    if where == "within":
+        measure, calls = worker.measure, []
+
+        def stopped(task):
+            calls.append(task)
+            if len(calls) == after + 1:
+                raise KeyboardInterrupt
+            return measure(task)
+
+        monkeypatch.setattr(worker, "measure", stopped)
+    with pytest.raises(Interrupted, match="--resume"):
+        search(CONFIG, out=path, log=log)
+    before = Run(path).rows
+    assert len(before) == after + (where == "between")
+    monkeypatch.undo()
+    resumed = search(CONFIG, out=path, resume=True)
+    assert resumed.rows[: len(before)] == before
+    assert len({r.id for r in resumed.rows}) == len(resumed.rows)
+    fixed = [job_of(r) for r in resumed.rows if r.parent is None]
+    assert Counter(fixed) == Counter(job_of(r) for r in finished.rows if r.parent is None)
+    trained = Counter((r.parent, r.seed) for r in resumed.rows if r.parent is not None)
+    assert set(trained) == {(p, s) for p in promoted(resumed.rows, 1) for s in (0, 1)}
+    assert set(trained.values()) == {1}
+    backend = optuna.storages.journal.JournalFileBackend(str(path / "study.journal"))
+    storage = optuna.storages.JournalStorage(backend)
+    told = [
+        t.user_attrs["trial"]
+        for s in optuna.get_all_study_names(storage)
+        for t in optuna.load_study(study_name=s, storage=storage).trials
+    ]
+    assert sorted(told) == sorted(r.id for r in first_rung(resumed))
+
+
+def test_resuming_a_finished_run_measures_nothing(finished, monkeypatch):
+    before = finished.rows
+    monkeypatch.setattr(worker, "measure", lambda task: pytest.fail("measured again"))
+    assert search(CONFIG, out=finished.path, resume=True).rows == before
+
+
+# What choices may look at
+
+
+class Watched:
+    """A split that counts what is read of it, and lies about its labels."""
+
+    def __init__(self, inner):
+        self.inner, self.read = inner, 0
+
+    def __len__(self):
+        return len(self.inner)
+
+    def batch(self, indices, *, train=False):
+        self.read += len(indices)
+        images, labels = self.inner.batch(indices, train=train)
+        return images, (labels + 1) % 10
+
+
+def test_no_choice_depends_on_the_test_split(finished, tmp_path, monkeypatch):
+    """Each trained model reads it once, for the report; with other labels every choice is the same."""
+    watched: list[Watched] = []
+
+    def load(*arguments):
+        splits = load_data(*arguments)
+        watched.append(Watched(splits.test))
+        return splits.__class__(**{**vars(splits), "test": watched[-1]})
+
+    monkeypatch.setattr(workbench, "load_data", load)
+    monkeypatch.setattr(workbench, "_benches", {})
+    run = search(CONFIG, out=tmp_path / "run")
+    reports = sum(r.test_accuracy is not None for r in run.rows)
+    assert sum(w.read for w in watched) == reports * len(watched[0])
+
+    def choices(rows):
+        return [(job_of(r), r.parent, r.plan_key, r.params_searched, r.kl, r.accuracy) for r in rows]
+
+    assert choices(run.rows) == choices(finished.rows)
+    assert [r.test_accuracy for r in run.rows] != [r.test_accuracy for r in finished.rows]
+    assert [p.id for p in pareto_front(run.rows)] == [p.id for p in pareto_front(finished.rows)]
+    assert run.pick().id == finished.pick().id
+
+
+# Training
+
+
+def test_keep_ratios_are_annealed_down_to_the_plan(tmp_path, monkeypatch):
+    """EViT: a pretrained model meets the cuts gradually, and ends on the plan it will be used with."""
+    seen: dict[int, list[tuple[int, ...]]] = {}
+    set_tokens = workbench.set_tokens
+
+    def spy(model, tokens):
+        seen.setdefault(id(model), []).append(tuple(tokens))
+        set_tokens(model, tokens)
+
+    monkeypatch.setattr(workbench, "set_tokens", spy)
+    train = CONFIG.train.model_copy(
+        update={"steps": 8, "anneal": {"start": 0.0, "end": 0.5}, "ema": None}
+    )
+    config = RunConfig.model_validate(
+        {
+            **CONFIG.model_dump(),
+            "train": train.model_dump(),
+            "baselines": [],
+            "search": _search(trials=1, seeds=(0,)).model_dump(),
+        }
+    )
+    run = search(config, out=tmp_path / "run")
+    (row,) = [r for r in run.rows if r.parent is not None]
+    (schedules,) = seen.values()
+    steps, final = schedules[:8], schedules[8:]
+    plan = saved_plan(run, row).tokens
+    dense = (saved_plan(run, row).shape.tokens,) * len(plan)
+    assert steps[0] == dense
+    assert len(set(steps)) > 2, "gradually, not at once"
+    assert all(a >= b for earlier, later in zip(steps, steps[1:], strict=False) for a, b in zip(earlier, later, strict=True))
+    assert steps[4:] == [plan] * 4
+    assert set(final) == {plan}
+    model = __import__("ucc_search").load_model(run.path / "trials" / str(row.id))
+    assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+# Failures
+
+FAILING = '''
+import torch
+from ucc_search import Distiller, Scorer, hookimpl
+
+
+class Raises(Scorer):
+    def score(self, view):
+        raise RuntimeError("boom")
+
+
+class Nan(Scorer):
+    def score(self, view):
+        return view.patches_BND.sum(-1) * float("nan")
+
+
+class NanLoss(Distiller):
+    def losses(self, student, teacher, progress):
+        return {"bad": student.logits_BC.sum() * float("nan")}
+
+
+@hookimpl
+def ucc_scorers():
+    return {"raises": Raises, "nan": Nan}
+
+
+@hookimpl
+def ucc_distillers():
+    return {"nan_loss": NanLoss}
+'''
+
+
+def test_a_failing_candidate_is_a_row_and_the_run_goes_on(tmp_path):
+    plugin = tmp_path / "failing.py"
+    plugin.write_text(FAILING, encoding="utf-8")
+    config = tiny_config(
+        plugins=[str(plugin)],
+        budget={"macs": "50%"},
+        space={"scorer": "class_attention"},
+        search={"trials": 1},
+        baselines=[
+            {"name": "raises", "scorer": "raises"},
+            {"name": "nan", "scorer": "nan", "aggregator": "fuse"},
+            {"name": "nan-drop", "scorer": "nan", "aggregator": "drop"},
+            {"name": "nan-loss", "distiller": "nan_loss"},
+        ],
+    )
+    run = search(config, out=tmp_path / "run")
+    failed = {(r.method, r.rung): r for r in run.rows if r.state == "failed"}
+    assert {k: r.failure for k, r in failed.items()} == {
+        ("raises", "zero-shot"): "error",
+        ("raises", "train"): "error",
+        ("nan", "zero-shot"): "not_finite",
+        ("nan", "train"): "nan_loss",
+        ("nan-drop", "zero-shot"): "not_finite",
+        ("nan-drop", "train"): "nan_loss",
+        ("nan-loss", "train"): "nan_loss",
+    }
+    assert failed["raises", "train"].error == "RuntimeError: boom"
+    assert all(r.kl is None and r.accuracy is None for r in failed.values())
+    good = {(r.method, r.rung) for r in run.rows if r.state == "ok"}
+    assert {("search", "zero-shot"), ("search", "train"), ("nan-loss", "zero-shot")} <= good
+    assert not {"raises", "nan"} & set(run.pareto()["method"])
+
+
+# Ray Tune
+
+COUNTS_PROCESSES = '''
+import os
+from pathlib import Path
+from ucc_search import Scorer, hookimpl
+
+with open(Path(__file__).with_name("processes"), "a") as file:
+    file.write(f"{os.getpid()}\\n")
+
+
+class Loud(Scorer):
+    def score(self, view):
+        return view.patches_BND.norm(dim=-1)
+
+
+@hookimpl
+def ucc_scorers():
+    return {"loud": Loud}
+'''
+
+
+def test_ray_tune_and_deepspeed_carry_out_a_run_on_warm_workers(tmp_path):
+    """A worker that starts anew for every trial pays seconds of imports for milliseconds of work."""
+    plugin = tmp_path / "loud.py"
+    plugin.write_text(COUNTS_PROCESSES, encoding="utf-8")
+    config = tiny_config(
+        plugins=[str(plugin)],
+        budget={"macs": "50%"},
+        space={"scorer": "loud"},
+        search={"trials": 2, "executor": "ray", "concurrency": 1},
+        train={"engine": "deepspeed", "steps": 2},
+    )
+    run = search(config, out=tmp_path / "run")
+    assert [(r.origin, r.rung, r.state) for r in run.rows] == [
+        ("search", "zero-shot", "ok"),
+        ("search", "zero-shot", "ok"),
+        ("dense", "train", "ok"),
+        ("search", "train", "ok"),
+    ], [r.error for r in run.rows]
+    assert run.rows[-1].identities["engine"] == "deepspeed"
+    processes = (tmp_path / "processes").read_text(encoding="utf-8").split()
+    assert len(processes) == len(set(processes)) == 2, "this process and one worker"
+    assert not (run.path / "ray").exists()
