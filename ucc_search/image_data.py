@@ -59,8 +59,8 @@ def load(config: DataConfig, kind: str, argument: str, augment: AugmentConfig) -
     size = config.image_size or _DEFAULT_SIZE
     transforms = _transforms(config, size, random_area=not augment.crop_padding)
     parts = ((train, rest[train_index]), (train, rest[select_index]), (test, test_index))
-    sets = [DecodedImages(s.images, index, *transforms, config.loader_workers) for s, index in parts]
-    return Splits(*sets, classes=len(names), channels=3, image_size=size)
+    first, second, third = (DecodedImages(s.images, i, *transforms, config.loader_workers) for s, i in parts)
+    return Splits(first, second, third, classes=len(names), channels=3, image_size=size)
 
 
 def _check_counts(labels_N: Tensor, names: Sequence[str], *, needed: int) -> None:
