@@ -98,8 +98,14 @@ WRONG = {
     "unknown section": (sets("serach.trials=3"), ["space.yaml", "'serach'", "did you mean 'search'?"]),
     "override without =": (sets("search.trials"), ["--set 'search.trials'", "key=value"]),
     "override of a leaf": (sets("name.x=3"), ["--set 'name.x=3'", "not a section"]),
-    "no trials": ((*SEARCH, "--trials", "0"), ["space.yaml", "search.trials is 0", "greater than or equal to 1"]),
-    "keep ratio 0": (sets("space.keep_ratio={low: 0, high: 1}"), ["space.keep_ratio", "low is 0", "0 < keep"]),
+    "no trials": (
+        (*SEARCH, "--trials", "0"),
+        ["space.yaml", "search.trials is 0", "greater than or equal to 1"],
+    ),
+    "keep ratio 0": (
+        sets("space.keep_ratio={low: 0, high: 1}"),
+        ["space.keep_ratio", "low is 0", "0 < keep"],
+    ),
     "keep ratio 1.5": (sets("space.keep_ratio.high=1.5"), ["space.keep_ratio", "high is 1.5", "<= 1"]),
     "keep ratio reversed": (sets("space.keep_ratio={low: 0.9, high: 0.5}"), ["0.9", "low < high"]),
     "learning rate": (sets("train.optimizer.lr=-1"), ["train.optimizer.lr is -1", "greater than 0"]),
@@ -161,10 +167,16 @@ WRONG = {
     ),
     "analyze no run": (("analyze", "empty"), ["empty", "not a run folder", "ucc-search search"]),
     "analyze misspelt": (("analyze", "rum"), ["rum", "did you mean 'run'?"]),
-    "pick too small": (("pick", "run", "--max-macs", "1k"), ["no trial fits", "the fewest of any", "allow more"]),
+    "pick too small": (
+        ("pick", "run", "--max-macs", "1k"),
+        ["no trial fits", "the fewest of any", "allow more"],
+    ),
     "pick no amount": (("pick", "run", "--max-params", "few"), ["--max-params is 'few'", "such as 2.1G"]),
     "inspect unknown": (("models", "inspect", "vit_tny_patch16_224"), ["vit_tny", "vit_tiny_patch16_224"]),
-    "inspect argument": (("models", "inspect", "vit_tiny_patch16_224", "--arg", "x"), ["--arg 'x'", "key=value"]),
+    "inspect argument": (
+        ("models", "inspect", "vit_tiny_patch16_224", "--arg", "x"),
+        ["--arg 'x'", "key=value"],
+    ),
     "teacher without recipe": (
         ("train-teacher", "space.yaml", "--out", "new", "--set", "teacher=null"),
         ["no `teacher:` section"],
@@ -252,7 +264,7 @@ def test_json_of_plan_is_the_plan(ucc):
     code, out, err = ucc("plan", "space.yaml", "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
-    assert [b["label"] for b in found["budgets"]] == ["macs=80%", "macs=60%"]
+    assert [b["label"] for b in found["budgets"]] == ["macs=70%", "macs=50%"]
     reach = found["reachable"]["search"]
     assert reach["min_macs"] < found["budgets"][1]["max_macs"] < found["dense"]["macs"]
 
@@ -297,7 +309,13 @@ def test_the_picked_model_loads_as_pick_says(home, ucc, monkeypatch):
 
 
 def test_piped_output_has_no_escape_codes(home):
-    for arguments in (("analyze", "run"), ("pick", "run"), ("plan", "space.yaml"), ("plugins", "list"), ("--help",)):
+    for arguments in (
+        ("analyze", "run"),
+        ("pick", "run"),
+        ("plan", "space.yaml"),
+        ("plugins", "list"),
+        ("--help",),
+    ):
         done = in_shell(home, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()

@@ -121,7 +121,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_imitate():
     found = losses(same, same, 0.0)
     assert found["imitation"].item() == 0.0
     assert found["logits"].item() == pytest.approx(0.0, abs=1e-6)
-    assert float(found["exploration"]) > 0  # the generator has learned nothing yet
+    assert found["exploration"].item() > 0  # the generator has learned nothing yet
     other = losses(outputs(student()), same, 0.0)
     assert other["imitation"].item() > 0
 
@@ -141,10 +141,10 @@ def test_sequential_imitates_first_and_explores_after_the_switch():
     own, theirs = outputs(student()), outputs(teacher())
     for progress, imitating in ((0.0, True), (0.39, True), (0.4, False), (1.0, False)):
         found = losses(own, theirs, progress)
-        assert (float(found["imitation"]) > 0, float(found["exploration"]) > 0) == (imitating, not imitating)
+        assert (found["imitation"].item() > 0, found["exploration"].item() > 0) == (imitating, not imitating)
     parallel = TwoLevel(imitation=1.0, exploration=1.0).build(context())(own, theirs, 0.9)
-    assert float(parallel["imitation"]) > 0
-    assert float(parallel["exploration"]) > 0
+    assert parallel["imitation"].item() > 0
+    assert parallel["exploration"].item() > 0
 
 
 @pytest.mark.parametrize("schedule", ["parallel", "sequential"])

@@ -69,7 +69,9 @@ def imports(path: Path, *, at_import_time: bool = False, typing_too: bool = True
             assert node.level == 0, f"{path}: relative import; this test would not see it"
             whole = node.module or ""
             found.update(f"{whole}.{a.name}" if whole == "ucc_search" else whole for a in node.names)
-        elif (at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing_too):
+        elif (at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing_too
+        ):
             return
         for child in ast.iter_child_nodes(node):
             visit(child)

@@ -305,10 +305,7 @@ def _dicts(refs: Mapping[str, ComponentRef]) -> dict[str, Any]:
 
 
 def _refs(components: Mapping[str, Any]) -> dict[str, ComponentRef]:
-    return {
-        kind: ComponentRef(value["name"], {k: v for k, v in value.items() if k != "name"})
-        for kind, value in components.items()
-    }
+    return {kind: ComponentRef.from_dict(value) for kind, value in components.items()}
 
 
 def _signature(key: str, components: Mapping[str, Any]) -> str:

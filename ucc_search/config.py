@@ -79,8 +79,7 @@ def _component_list(value: Any) -> Any:
         mapping = {"name": entry} if isinstance(entry, str) else entry
         if not isinstance(mapping, Mapping) or not isinstance(mapping.get("name"), str):
             raise ValueError(f"got {entry!r}, expected a component name or a mapping with `name`")
-        params = {k: v for k, v in mapping.items() if k != "name"}
-        refs.append(ComponentRef(mapping["name"], params))
+        refs.append(ComponentRef.from_dict(mapping))
     return tuple(refs)
 
 

@@ -225,6 +225,11 @@ class ComponentRef:
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **self.params}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ComponentRef:
+        """The inverse of `to_dict`; raises KeyError without a name."""
+        return cls(data["name"], {k: v for k, v in data.items() if k != "name"})
+
 
 @dataclass(frozen=True, slots=True)
 class Components:

@@ -64,8 +64,7 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
             raise ModelError(f"{path}: format {arch['format']}, expected {ARCH_FORMAT}; upgrade ucc-search")
         plan = CompressionPlan.from_dict(arch["plan"])
         config = ModelConfig(name=arch["model"]["name"], args=arch["model"]["args"])
-        named = {kind: dict(arch["components"][kind]) for kind in KINDS}
-        refs = {kind: ComponentRef(values.pop("name"), values) for kind, values in named.items()}
+        refs = {kind: ComponentRef.from_dict(arch["components"][kind]) for kind in KINDS}
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: not readable ({type(error).__name__}: {error})") from None
     # A model of built-in components must load where the run's local plugins do not exist.

@@ -46,10 +46,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
 def _measure(bench: Workbench, task: Mapping[str, Any]) -> tuple[Measurement, int]:
     job = task["job"]
     plan = CompressionPlan.from_dict(job["plan"])
-    refs = {
-        kind: ComponentRef(value["name"], {k: v for k, v in value.items() if k != "name"})
-        for kind, value in job["components"].items()
-    }
+    refs = {kind: ComponentRef.from_dict(value) for kind, value in job["components"].items()}
     parts = bench.plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
     if job["origin"] == "dense":
         return bench.dense(), 0
@@ -99,10 +96,7 @@ def _rank_main(rank: int, world: int, rendezvous: str, task: dict[str, Any], res
     torch.set_num_threads(task["threads"])
     bench = warm_bench(task["config"], task["plugins"], task["disabled"])
     job = task["job"]
-    refs = {
-        kind: ComponentRef(value["name"], {k: v for k, v in value.items() if k != "name"})
-        for kind, value in job["components"].items()
-    }
+    refs = {kind: ComponentRef.from_dict(value) for kind, value in job["components"].items()}
     measured = _train(
         bench, task, CompressionPlan.from_dict(job["plan"]), refs, Worker(rank, world, rendezvous)
     )
