@@ -39,7 +39,9 @@ def test_the_scorer_loads_as_a_plugin(tmp_path):
 
 def test_the_hook_table_names_every_hook():
     table = set(re.findall(r"^\| `(ucc_\w+)`", README, re.MULTILINE))
-    assert table == {name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("ucc_")}
+    assert table == {
+        name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("ucc_")
+    }
 
 
 def test_the_library_example_runs():

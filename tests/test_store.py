@@ -13,9 +13,11 @@ import pytest
 from rows import config, row
 from shapes import deit_shape
 
+from ucc_search.environment import environment
 from ucc_search.errors import BudgetError, RunError
 from ucc_search.plan import CompressionPlan
-from ucc_search.store import Run, RunStore, TrialRow, environment, load_run, plan_key
+from ucc_search.runs import Run, load_run
+from ucc_search.store import RunStore, TrialRow, plan_key
 from ucc_search.units import format_macs, format_params, parse_amount
 
 
@@ -169,7 +171,7 @@ def test_trial_folder(store):
     assert json.loads((folder / "params.json").read_text()) == {"ratio": 0.5}
     assert CompressionPlan.from_json((folder / "plan.json").read_text()) == plan
     assert json.loads((folder / "metrics.jsonl").read_text()) == {"step": 1, "loss": None}
-    store.write_trial_files(3, {}, plan.to_json())
+    store.write_trial(3, {}, plan)
     assert (folder / "metrics.jsonl").read_text() == ""
 
 
@@ -185,7 +187,7 @@ def test_tables_hold_every_row_and_column(store):
 
     store.append(row(0))
     store.append(row(1, state="failed", failure="timeout", accuracy=None, parent=0, params_searched={"a": 1}))
-    store.write_tables()
+    Run(store.path).write_tables()
     for table in (pd.read_csv(store.path / "trials.csv"), pd.read_parquet(store.path / "trials.parquet")):
         assert list(table.columns) == [f.name for f in fields(TrialRow)]
         assert list(table["id"]) == [0, 1]
@@ -199,14 +201,14 @@ def test_tables_hold_every_row_and_column(store):
 def test_tables_of_an_empty_run_have_their_columns(store):
     import pandas as pd
 
-    store.write_views()
+    Run(store.path).write_tables()
     assert list(pd.read_parquet(store.path / "trials.parquet").columns) == [f.name for f in fields(TrialRow)]
     assert "accuracy" in pd.read_csv(store.path / "pareto.csv").columns
 
 
 def test_interrupted_table_keeps_the_old_one(store, monkeypatch):
     store.append(row(0))
-    store.write_tables()
+    Run(store.path).write_tables()
     before = (store.path / "trials.csv").read_bytes()
     store.append(row(1))
 
@@ -216,7 +218,7 @@ def test_interrupted_table_keeps_the_old_one(store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            store.write_tables()
+            Run(store.path).write_tables()
     assert (store.path / "trials.csv").read_bytes() == before
     assert not list(store.path.glob("*.part"))
 

@@ -16,7 +16,7 @@ TINY: dict[str, Any] = {
         "args": {
             "img_size": 8,
             "stem_channels": [8],
-            "stem_strides": [1],
+            "stem_strides": [2],
             "embed_dim": 16,
             "depth": 4,
             "num_heads": 2,
@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     },
     "search": {"trials": 4, "promote": 1, "executor": "local"},
     "train": {"engine": "torch", "steps": 2, "batch_size": 32},
-    "teacher": {"engine": "torch", "steps": 3, "batch_size": 32},
+    "teacher": {"engine": "torch", "steps": 60, "batch_size": 32, "optimizer": {"lr": 0.01}},
 }
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ucc_search.plan import CompressionPlan, ModelShape
     from ucc_search.plugins import Plugins
     from ucc_search.runner import search
+    from ucc_search.runs import Run, load_run
     from ucc_search.saving import load_model
-    from ucc_search.store import Run, load_run
 
 _HOMES = {
     "Aggregator": "interfaces",
@@ -31,7 +31,7 @@ _HOMES = {
     "Distiller": "interfaces",
     "ModelShape": "plan",
     "Plugins": "plugins",
-    "Run": "store",
+    "Run": "runs",
     "Scorer": "interfaces",
     "UserError": "errors",
     "compress": "compression",
@@ -39,7 +39,7 @@ _HOMES = {
     "hookimpl": "hookspecs",
     "load_config": "config",
     "load_model": "saving",
-    "load_run": "store",
+    "load_run": "runs",
     "search": "runner",
     "shape_of": "compression",
 }

@@ -86,9 +86,6 @@ def aggregate_seeds(rows: Iterable[TrialRow]) -> list[Point]:
     return [_point(list(group.values())) for group in groups.values()]
 
 
-average_seeds = aggregate_seeds
-
-
 def _components_key(row: TrialRow) -> tuple[object, ...]:
     names = (row.scorer, row.aggregator, row.cascade, row.distiller)
     return (*names, repr(sorted(row.components.items())))

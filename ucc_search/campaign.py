@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from ucc_search.analysis import average_seeds, quality, usable
+from ucc_search.analysis import aggregate_seeds, quality, usable
 from ucc_search.budget import Budget
 from ucc_search.config import RunConfig
 from ucc_search.costs import cost
@@ -294,7 +294,7 @@ def promoted(rows: Sequence[TrialRow], count: int) -> list[int]:
     """
     groups: dict[tuple[str, ...], list[tuple[float, int]]] = defaultdict(list)
     searched = [r for r in usable(rows, "zero-shot") if r.origin == "search"]
-    for point in average_seeds(searched):
+    for point in aggregate_seeds(searched):
         group = (point.target, point.scorer, point.aggregator, point.cascade, point.distiller)
         groups[group].append((-quality(point), point.id))
     return [trial for members in groups.values() for _, trial in sorted(members)[:count]]
@@ -311,3 +311,12 @@ def _refs(components: Mapping[str, Any]) -> dict[str, ComponentRef]:
 def _signature(key: str, components: Mapping[str, Any]) -> str:
     """Equal for trials that would measure the same thing."""
     return key + repr(sorted((k, sorted(v.items())) for k, v in components.items()))
+
+
+def describe(row: TrialRow) -> str:
+    """One line for a finished trial."""
+    if row.state != "ok":
+        return f"[{row.id}] {row.method} {row.target} {row.rung}: failed ({row.failure}: {row.error})"
+    values = {"KL": row.kl, "accuracy": row.accuracy}
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
+    return f"[{row.id}] {row.method} {row.target} {row.rung}: {shown}  ({100 * row.macs_ratio:.1f}% of MACs)"

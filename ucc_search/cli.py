@@ -178,7 +178,7 @@ def plan(
 def analyze(run: RunFolder, as_json: Json = False) -> None:
     """The Pareto front of a run, its baselines, failures, and what to do next."""
     from ucc_search.report import analysis_json, print_analysis
-    from ucc_search.store import load_run
+    from ucc_search.runs import load_run
 
     opened = load_run(run)
     if as_json:
@@ -199,7 +199,7 @@ def pick(
 ) -> None:
     """The best trial under limits, and how to use it."""
     from ucc_search.report import pick_message
-    from ucc_search.store import load_run
+    from ucc_search.runs import load_run
     from ucc_search.units import parse_amount
 
     limits = [parse_amount(max_macs, key="--max-macs")] if max_macs is not None else []

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from ucc_search import analysis
 from ucc_search.analysis import Point
-from ucc_search.store import Run, TrialRow
+from ucc_search.runs import Run
+from ucc_search.store import TrialRow
 from ucc_search.units import format_macs, format_params
 
 JSON_FORMAT = 1

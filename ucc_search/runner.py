@@ -7,22 +7,24 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ucc_search import estimate
 from ucc_search.analysis import pareto_front
-from ucc_search.campaign import Campaign, Job
+from ucc_search.campaign import Campaign, Job, describe
 from ucc_search.config import RunConfig, dump_config
+from ucc_search.environment import environment
 from ucc_search.errors import RunError
 from ucc_search.interfaces import Components
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
+from ucc_search.runs import Run
 from ucc_search.schedule import Scheduler, check_budgets
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
-from ucc_search.store import Run, RunStore, TrialRow, environment
+from ucc_search.store import RunStore
 
 Log = Callable[[str], None]
 
@@ -74,7 +76,7 @@ def search(
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; continue with --resume --out {path}") from None
         finally:
-            store.write_tables()
+            Run(path).write_tables()
         estimate.remember(campaign.rows, config)
         if config.search.keep_weights == "front":
             _drop_weights(store)
@@ -135,7 +137,7 @@ def _run_here(campaign: Campaign, log: Log) -> None:
             job = campaign.next_job()
             assert job is not None, "one job at a time leaves none in flight"
             row = campaign.finish(job.id, measure(_task(campaign, job, threads)))
-            log(describe(row, campaign))
+            log(describe(row))
 
 
 def _run_on_ray(campaign: Campaign, log: Log) -> None:
@@ -201,15 +203,6 @@ def _quiet_ray() -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     yield
-
-
-def describe(row: TrialRow, campaign: Campaign) -> str:
-    """One line for a finished trial."""
-    if row.state != "ok":
-        return f"[{row.id}] {row.method} {row.target} {row.rung}: failed ({row.failure}: {row.error})"
-    values: Mapping[str, float | None] = {"KL": row.kl, "accuracy": row.accuracy}
-    shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
-    return f"[{row.id}] {row.method} {row.target} {row.rung}: {shown}  ({100 * row.macs_ratio:.1f}% of MACs)"
 
 
 def exit_code(run: Run) -> int:

@@ -41,16 +41,28 @@ def _facts(config: RunConfig) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there yet, or of another version
     from ucc_search.data import load_data
-    from ucc_search.workbench import dense_shape
 
     splits = load_data(config.data)
-    shape = dense_shape(config, splits.classes, splits.channels)
+    shape = _dense_shape(config, splits.classes, splits.channels)
     facts = {"shape": shape.to_dict(), "train_images": len(splits.train)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(facts), encoding="utf-8")
     temporary.replace(path)
     return facts
+
+
+def _dense_shape(config: RunConfig, classes: int, channels: int) -> ModelShape:
+    """Read from the model built on the meta device, where weights take no memory and no time."""
+    import torch
+
+    from ucc_search.compression import shape_of
+    from ucc_search.models import build_model
+
+    unweighted = config.model.model_copy(update={"pretrained": False})
+    with torch.device("meta"):
+        model = build_model(unweighted, classes=classes, channels=channels)
+    return shape_of(model, config.model.name)
 
 
 def _key(config: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""The run folder: an append-only record of trials, and the tables derived from it."""
+"""The run folder: an append-only record of trials. What is read from it: see `runs`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,16 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from ucc_search.config import RunConfig, dump_config, load_config
-from ucc_search.environment import environment as environment
 from ucc_search.errors import RunError, did_you_mean
 from ucc_search.plan import CompressionPlan
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CONFIG, ENVIRONMENT, TRIALS = "config.resolved.yaml", "environment.json", "trials.jsonl"
 MAY_CHANGE = ("search.trials", "search.concurrency", "search.executor")
@@ -62,7 +57,7 @@ class TrialRow:
     identities: dict[str, Any] = field(default_factory=dict)  # kind to package, version and hash
     params_searched: dict[str, Any] = field(default_factory=dict)
     parent: int | None = None  # the zero-shot trial this one was promoted from
-    failure: str | None = None  # nan_loss, out_of_memory, plugin_error, timeout or error
+    failure: str | None = None  # nan_loss, not_finite, out_of_memory, user_error, worker_died or error
     error: str | None = None  # one line
     seconds: float = 0.0
     compute_seconds: float | None = None  # forward and training passes alone
@@ -107,8 +102,8 @@ class RunStore:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise RunError(f"{path} already exists; continue it with --resume, or choose another --out")
             path.mkdir(parents=True, exist_ok=True)
-            _replace(path / ENVIRONMENT, _json(environment, indent=1) + "\n")
-            _replace(path / CONFIG, dump_config(config))  # last: it is what makes the folder a run
+            replace_text(path / ENVIRONMENT, _json(environment, indent=1) + "\n")
+            replace_text(path / CONFIG, dump_config(config))  # last: it is what makes the folder a run
         except OSError as error:
             raise RunError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
         return cls(path)
@@ -144,7 +139,7 @@ class RunStore:
                     "set it back to resume, or start a new run with another --out"
                 )
         with store.lock():
-            _replace(store.path / CONFIG, dump_config(config))
+            replace_text(store.path / CONFIG, dump_config(config))
         return store
 
     @contextlib.contextmanager
@@ -228,115 +223,20 @@ class RunStore:
         self,
         trial: int,
         params: Mapping[str, Any],
-        plan: CompressionPlan | str,
+        plan: CompressionPlan,
         metrics: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """The trial's own folder: parameters, plan (or its JSON text) and loss curve."""
+        """The trial's own folder: parameters, plan and loss curve."""
         folder = self.folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "params.json", _json(params, indent=1) + "\n")
-        _replace(folder / "plan.json", (plan if isinstance(plan, str) else plan.to_json()).rstrip() + "\n")
+        replace_text(folder / "params.json", _json(params, indent=1) + "\n")
+        replace_text(folder / "plan.json", plan.to_json() + "\n")
         # Written even when empty: a killed trial may have left a curve under the same id.
-        _replace(folder / "metrics.jsonl", "".join(_json(m) + "\n" for m in metrics))
-
-    write_trial_files = write_trial
-
-    def write_tables(self) -> None:
-        """`trials.csv`, `trials.parquet` and `pareto.csv`, each replaced as a whole.
-
-        Lists and mappings are JSON text in them.
-        """
-        run = Run(self.path)
-        trials = _with_json_text(run.trials())
-        _replace(self.path / "trials.csv", trials.to_csv(index=False))
-        with _replacing(self.path / "trials.parquet") as temporary:
-            trials.to_parquet(temporary, index=False)
-        _replace(self.path / "pareto.csv", _with_json_text(run.pareto()).to_csv(index=False))
-
-    write_views = write_tables
-
-
-class Run:
-    """A finished or running search, for reading.
-
-    Attributes:
-        path: the run folder.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._store = RunStore.open(self.path)
-
-    @property
-    def config(self) -> RunConfig:
-        """The resolved space file."""
-        return self._store.config()
-
-    @property
-    def rows(self) -> list[TrialRow]:
-        """All finished trials, read anew each time."""
-        return self._store.rows()
-
-    def trials(self) -> pd.DataFrame:
-        """One row a trial; the columns are the fields of `TrialRow`."""
-        return _frame(self.rows, TrialRow)
-
-    def pareto(self, rung: str | None = None, by: str | None = None) -> pd.DataFrame:
-        """The front of one rung, repeated seeds averaged, cheapest first.
-
-        Args:
-            rung: `train` or `zero-shot`; the most expensive one present by default.
-            by: `accuracy` or `kl`; by default accuracy of trained models and KL of untrained ones.
-
-        Returns:
-            Columns are the fields of `analysis.Point`. The dense model is not among the rows.
-        """
-        from ucc_search.analysis import Point, pareto_front
-
-        return _frame(pareto_front(self.rows, rung, by), Point)
-
-    def pick(self, *, max_macs: int | str | None = None, max_params: int | str | None = None) -> TrialRow:
-        """The best trial under these limits, by selection accuracy (by KL in a zero-shot run).
-
-        Args:
-            max_macs: for one image, a number or a text such as "2.1G"; likewise `max_params`.
-
-        Raises:
-            RunError: no trial fits.
-            BudgetError: a limit is no amount.
-        """
-        from ucc_search.analysis import best_under
-        from ucc_search.units import parse_amount
-
-        macs = None if max_macs is None else parse_amount(max_macs, key="max_macs")
-        params = None if max_params is None else parse_amount(max_params, key="max_params")
-        return best_under(self.rows, max_macs=macs, max_params=params, where=str(self.path))
-
-    def summary(self) -> dict[str, Any]:
-        """The run in a few numbers; JSON-able."""
-        rows = self.rows
-        return {
-            "path": str(self.path),
-            "name": self.config.name,
-            "model": self.config.model.name,
-            "data": self.config.data.name,
-            "trials": len(rows),
-            "ok": sum(r.state == "ok" for r in rows),
-            "failed": sum(r.state == "failed" for r in rows),
-            "infeasible": sum(r.state == "ok" and not r.feasible for r in rows),
-            "rungs": dict(Counter(r.rung for r in rows)),
-            "targets": list(dict.fromkeys(r.target for r in rows if r.origin != "dense")),
-            "seconds": sum(r.seconds for r in rows),
-        }
-
-
-def load_run(path: str | Path) -> Run:
-    """Open a run folder for reading; RunError if it is none."""
-    return Run(path)
+        replace_text(folder / "metrics.jsonl", "".join(_json(m) + "\n" for m in metrics))
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A file to write in place of `path`: readers see the old one or the new one, never a part."""
     temporary = path.with_name(path.name + ".part")
     try:
@@ -346,8 +246,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _replace(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
+def replace_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -369,21 +269,6 @@ def _whole(line: bytes) -> bool:
         return line.endswith(b"\n") and isinstance(json.loads(line), dict)
     except ValueError:
         return False
-
-
-def _frame(items: Sequence[Any], kind: type) -> pd.DataFrame:
-    """A table of dataclasses, with the same column types however many values are missing."""
-    import pandas as pd
-
-    types = {"int | None": "Int64", "int": "int64", "float": "float64", "float | None": "float64"}
-    frame = pd.DataFrame([asdict(item) for item in items], columns=[f.name for f in fields(kind)])
-    return frame.astype({f.name: types[str(f.type)] for f in fields(kind) if f.type in types})
-
-
-def _with_json_text(frame: pd.DataFrame) -> pd.DataFrame:
-    """Lists and mappings as text, which csv and parquet both keep."""
-    nested = [c for c in frame.columns if frame[c].map(lambda v: isinstance(v, list | tuple | dict)).any()]
-    return frame.assign(**{c: frame[c].map(json.dumps) for c in nested})
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from ray import tune
 from ray.tune import ProgressReporter
 from ray.tune.search import Searcher
 
-from ucc_search.campaign import Campaign, Job
+from ucc_search.campaign import Campaign, Job, describe
 from ucc_search.errors import UserError
 
 
@@ -47,14 +47,12 @@ class CampaignSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        from ucc_search.runner import describe
-
         job = self._jobs.pop(trial_id, None)
         if job is None:
             return
         if error or result is None or "state" not in result:
             result = {"state": "failed", "failure": "worker_died", "error": "the worker process ended"}
-        self._log(describe(self._campaign.finish(job.id, result), self._campaign))
+        self._log(describe(self._campaign.finish(job.id, result)))
 
     # Ray snapshots searchers as it goes; what ours knows is in the run's own store.
     def __getstate__(self) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from ucc_search.budget import with_tokens
 from ucc_search.builtin.distillers import logit_kl
-from ucc_search.compression import compress, set_tokens, shape_of
+from ucc_search.compression import checked_scores, compress, set_tokens, shape_of
 from ucc_search.config import RunConfig, parse_config
 from ucc_search.data import Splits, load_data, ordered_batches
 from ucc_search.interfaces import ComponentRef, Components, DistillContext
 from ucc_search.losses import CandidateLoss
-from ucc_search.models import build_model
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.saving import save_model
@@ -69,7 +68,7 @@ class Workbench:
         model = compress(self.teacher, plan, components).eval()
         start = time.perf_counter()
         kl, correct, seen = 0.0, 0, 0
-        with torch.inference_mode():
+        with torch.inference_mode(), checked_scores(model):
             for images, labels, teacher_logits in self.calibration:
                 logits = model(images)
                 kl += float(logit_kl(logits, teacher_logits)) * len(labels)
@@ -149,7 +148,7 @@ class Workbench:
         return measured
 
     def _kl(self, model: nn.Module) -> float:
-        with torch.inference_mode():
+        with torch.inference_mode(), checked_scores(model):
             sums = [float(logit_kl(model(x), t)) * len(x) for x, _, t in self.calibration]
         return sum(sums) / sum(len(x) for x, _, _ in self.calibration)
 
@@ -196,11 +195,3 @@ def warm_bench(resolved: str, sources: Sequence[str], disabled: Sequence[str]) -
         config = parse_config(yaml.safe_load(resolved))
         _benches[key] = Workbench(config, Plugins.load(sources, disabled=disabled, environment=False))
     return _benches[key]
-
-
-def dense_shape(config: RunConfig, classes: int, channels: int) -> ModelShape:
-    """The model's shape without its weights."""
-    unweighted = config.model.model_copy(update={"pretrained": False})
-    with torch.device("meta"):
-        model = build_model(unweighted, classes=classes, channels=channels)
-    return shape_of(model, config.model.name)

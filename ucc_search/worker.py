@@ -85,7 +85,7 @@ def _train_together(task: Mapping[str, Any], world: int) -> Measurement:
 
     with tempfile.TemporaryDirectory(prefix="ucc-search-") as folder:
         rendezvous, result = (str(Path(folder) / name) for name in ("rendezvous", "result.pt"))
-        start_processes(
+        start_processes(  # type: ignore[no-untyped-call]
             _rank_main, (world, rendezvous, dict(task), result), nprocs=world, start_method="spawn"
         )
         return Measurement(**torch.load(result, weights_only=True))
@@ -121,6 +121,8 @@ def failure_class(error: BaseException) -> str:
     """A word for the table of failures."""
     if isinstance(error, TrainingError):
         return "nan_loss"
+    if isinstance(error, FloatingPointError):
+        return "not_finite"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower():
         return "out_of_memory"
     return "user_error" if isinstance(error, UserError) else "error"

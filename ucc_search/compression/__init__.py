@@ -7,13 +7,13 @@ import copy
 from torch import nn
 
 from ucc_search.builtin import default_components
-from ucc_search.compression.blocks import CascadeBlocks, CompressedBlock, set_tokens
+from ucc_search.compression.blocks import CascadeBlocks, CompressedBlock, checked_scores, set_tokens
 from ucc_search.compression.inspect import capabilities, refusals, shape_of
 from ucc_search.errors import PlanError
 from ucc_search.interfaces import Components
 from ucc_search.plan import CompressionPlan
 
-__all__ = ["capabilities", "compress", "refusals", "set_tokens", "shape_of"]
+__all__ = ["capabilities", "checked_scores", "compress", "refusals", "set_tokens", "shape_of"]
 
 
 def compress(model: nn.Module, plan: CompressionPlan, components: Components | None = None) -> nn.Module:

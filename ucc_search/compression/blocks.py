@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from timm.models.vision_transformer import Block
@@ -45,6 +46,8 @@ class CompressedBlock(nn.Module):
         self.tokens_out = site.tokens_out if site else None
         scores = site is not None and components.aggregator.needs_scores
         self.scorer = components.scorer.build(site) if scores and site else None
+        self.check = False
+        """Refuse scores that are not finite, which would keep arbitrary tokens without a word."""
 
     def forward(self, x_BTD: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         attended = self.attn(
@@ -73,8 +76,11 @@ class CompressedBlock(nn.Module):
         keys = attended.k_BHTK
         view = self._view(x_BTD, attended, keys, state)
         if self.scorer is not None:
-            score_BN = cascade.accumulate(state.score_BN, self.scorer(view).float())
-            state = state._replace(score_BN=score_BN)
+            score_BN = self.scorer(view).float()
+            if self.check and not bool(score_BN.isfinite().all()):
+                scorer = type(self.components.scorer).__name__
+                raise FloatingPointError(f"the scorer {scorer} gave scores that are not finite")
+            state = state._replace(score_BN=cascade.accumulate(state.score_BN, score_BN))
         # Bipartite merging halves at most, so a deep cut takes several rounds; their number is static.
         while x_BTD.shape[1] - self.prefix > self.tokens_out:
             assignment = aggregator.assign(view, state.score_BN, self.tokens_out)
@@ -135,6 +141,22 @@ class CascadeBlocks(nn.Sequential):
             patches = gather_rows(x_BTD[:, self.prefix :], state.owner_BO)
             x_BTD = torch.cat([x_BTD[:, : self.prefix], patches], dim=1)
         return x_BTD
+
+
+@contextlib.contextmanager
+def checked_scores(model: nn.Module) -> Iterator[None]:
+    """Scores that are not finite raise FloatingPointError while the context is open.
+
+    Not always on: it looks at values, so a GPU must wait and `torch.export` could not trace it.
+    """
+    blocks = [b for b in model.blocks if isinstance(b, CompressedBlock)]
+    for block in blocks:
+        block.check = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block.check = False
 
 
 def set_tokens(model: nn.Module, tokens: Sequence[int]) -> None:
