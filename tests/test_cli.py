@@ -52,7 +52,12 @@ def ucc(home, monkeypatch, capsys):
 
 def in_shell(folder: Path, *arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """`python -m ucc_search` in a process of its own, its output piped."""
-    environment = {**os.environ, "UCC_SEARCH_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(cli.__file__).parent.parent),
+        "UCC_SEARCH_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("UCC_SEARCH_PLUGINS", None)
     command = [sys.executable, *flags, "-m", "ucc_search", *arguments]
     return subprocess.run(

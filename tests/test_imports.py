@@ -135,7 +135,8 @@ def loads(modules: list[str], heavy: set[str]) -> str:
         f"    found = sorted({heavy} & set(sys.modules))\n"
         "    if found: sys.exit(f'ucc_search.{name} loads {found}')\n"
     )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False).stderr
 
 
 def test_light_modules_load_nothing_heavy():

@@ -206,8 +206,8 @@ def _quiet_ray() -> Iterator[None]:
 
 
 def exit_code(run: Run) -> int:
-    """0 if the run has a usable trial, else 1."""
-    return 0 if any(r.state == "ok" and r.feasible for r in run.rows) else 1
+    """0 if the run has a usable trial, else 1; the uncompressed model is none."""
+    return 0 if any(r.state == "ok" and r.feasible and r.origin != "dense" for r in run.rows) else 1
 
 
 __all__ = ["Interrupted", "RunError", "check_budgets", "exit_code", "search"]
