@@ -55,7 +55,7 @@ def saved(folder, config=SMALL, **changes):
     refs = {**REFS, **changes}
     model = compress(dense, plan, plugins().components(**refs)).eval()
     identities = {kind: plugins().identity(kind, ref.name) for kind, ref in refs.items()}
-    save_model(model, folder, plan, arch_of(config, refs, identities, ()))
+    save_model(model, folder, plan, arch_of(config, refs, identities, (), {"mean": (0.5,), "std": (0.25,)}))
     size = shape_of(dense).image_size
     return model, torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(1))
 

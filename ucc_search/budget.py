@@ -55,7 +55,10 @@ def _text(value: str | float | None) -> str:
 def _limit(value: str | float, dense: int, key: str) -> int:
     text = _text(value)
     if not text.endswith("%"):
-        return parse_amount(text, key=key)
+        amount = parse_amount(text, key=key)
+        if amount <= 100:
+            raise BudgetError(f"{key} is {text}, less than any model costs; did you mean {text}%?")
+        return amount
     try:
         percent = float(text[:-1])
     except ValueError:

@@ -30,10 +30,11 @@ class _Frozen(BaseModel):
 class Range(_Frozen):
     """One searched number: `{low, high}` with optional `log` or `step`, or `{choices: [...]}`."""
 
-    low: float | None = None
-    high: float | None = None
+    low: int | float | None = None
+    high: int | float | None = None
     log: bool = False
-    step: float | None = None
+    step: int | float | None = None
+    """With whole low, high and step, whole numbers are searched."""
     choices: tuple[Any, ...] | None = None
 
     @model_validator(mode="after")
@@ -45,11 +46,17 @@ class Range(_Frozen):
             raise ValueError(f"needs low <= high, got low={self.low} high={self.high}")
         elif self.log and self.low <= 0:
             raise ValueError(f"a log range needs low > 0, got {self.low}")
+        elif self.log and self.step is not None:
+            raise ValueError("a log range takes no step")
         return self
 
 
 class KeepRatio(_Frozen):
-    """Fraction of the arriving patch tokens that a block keeps; one searched number per block."""
+    """Fraction of the arriving patch tokens that a block keeps; one searched number per block.
+
+    The range is that of the proposals. Plans keep at least `low` (up to rounding to whole tokens); where
+    the budget leaves room, projection gives tokens back beyond `high`.
+    """
 
     low: float = 0.3
     high: float = 1.0
@@ -227,6 +234,8 @@ class TrainConfig(_Frozen):
     def _length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either `epochs` or `steps`")
+        if self.engine == "torch" and (self.workers > 1 or self.zero_stage or self.deepspeed):
+            raise ValueError("workers, zero_stage and deepspeed need engine: deepspeed")
         per_round = self.workers * self.gradient_accumulation
         if self.batch_size % per_round:
             raise ValueError(
@@ -311,6 +320,15 @@ class RunConfig(_Frozen):
     """How `train-teacher` (or `checkpoint: auto`) trains the model first."""
     baselines: tuple[Baseline, ...] = ()
     plugins: tuple[str, ...] = ()
+
+    @field_validator("teacher")
+    @classmethod
+    def _alone(cls, teacher: TrainConfig | None) -> TrainConfig | None:
+        if teacher is not None and (teacher.workers > 1 or teacher.anneal is not None):
+            raise ValueError(
+                "a teacher is trained by one process and keeps its tokens: leave workers and anneal out"
+            )
+        return teacher
 
     @field_validator("baselines")
     @classmethod

@@ -42,6 +42,8 @@ class Splits:
     classes: int
     channels: int
     image_size: int
+    mean: tuple[float, ...] = ()  # per channel, of pixels from 0 to 1; subtracted, then divided by std
+    std: tuple[float, ...] = ()
 
 
 class TensorImages:
@@ -219,13 +221,25 @@ def _split_tensors(
     if size != images.shape[-1]:
         images, test = _resize(images, size), (_resize(test[0], size), test[1])
     train_index, select_index = split_indices(labels, config.select, limit=config.limit_train)
+    for name, values in (("mean", config.mean), ("std", config.std)):
+        if values is not None and len(values) not in (1, images.shape[1]):
+            raise DataError(
+                f"data.{name} has {len(values)} numbers, the images have {images.shape[1]} channel(s)"
+            )
     # Statistics of the images that are trained on, alone.
     pixels = images[train_index].float().div(255)
     mean = torch.tensor(config.mean) if config.mean else pixels.mean(dim=(0, 2, 3))
     std = torch.tensor(config.std) if config.std else pixels.std(dim=(0, 2, 3))
     parts = [(images[i], labels[i]) for i in (train_index, select_index)] + [test]
     sets = [TensorImages(x, y, mean, std) for x, y in parts]
-    return Splits(*sets, classes=classes, channels=images.shape[1], image_size=size)
+    return Splits(
+        *sets,
+        classes=classes,
+        channels=images.shape[1],
+        image_size=size,
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+    )
 
 
 def _resize(images_BCHW: Tensor, size: int) -> Tensor:

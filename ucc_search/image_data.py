@@ -60,7 +60,16 @@ def load(config: DataConfig, kind: str, argument: str, augment: AugmentConfig) -
     transforms = _transforms(config, size, random_area=not augment.crop_padding)
     parts = ((train, rest[train_index]), (train, rest[select_index]), (test, test_index))
     first, second, third = (DecodedImages(s.images, i, *transforms, config.loader_workers) for s, i in parts)
-    return Splits(first, second, third, classes=len(names), channels=3, image_size=size)
+    return Splits(
+        first,
+        second,
+        third,
+        classes=len(names),
+        channels=3,
+        image_size=size,
+        mean=config.mean or IMAGENET_MEAN,
+        std=config.std or IMAGENET_STD,
+    )
 
 
 def _check_counts(labels_N: Tensor, names: Sequence[str], *, needed: int) -> None:

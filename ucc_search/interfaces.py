@@ -166,10 +166,10 @@ class Cascade(Component):
         raise NotImplementedError(f"{type(self).__name__} must define profile(request)")
 
     def accumulate(self, running_BN: Tensor | None, score_BN: Tensor) -> Tensor:
-        """Cumulative score S = gamma * S + s / mean(s): every block adds the same mass (reconstructed)."""
+        """Cumulative score S = gamma * S + s / mean|s|: every block adds the same mass (reconstructed)."""
         if running_BN is None or self.gamma == 0.0:
             running_BN = 0.0 * score_BN
-        mean_B1 = score_BN.mean(dim=1, keepdim=True)
+        mean_B1 = score_BN.abs().mean(dim=1, keepdim=True)  # scores may be negative
         return self.gamma * running_BN + score_BN / mean_B1.clamp_min(1e-12)
 
 

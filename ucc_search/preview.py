@@ -86,7 +86,11 @@ def preview_text(found: dict[str, Any]) -> str:
     for budget in found["budgets"]:
         limits = [format_macs(budget["max_macs"])] if budget["max_macs"] else []
         limits += [format_params(budget["max_params"])] if budget["max_params"] else []
-        lines.append(f"budget        {budget['label']}: at most {' and '.join(limits)}")
+        most = found["reachable"].get("search", {}).get("max_macs")
+        above = (
+            " (more than any plan of the search costs)" if most and (budget["max_macs"] or 0) > most else ""
+        )
+        lines.append(f"budget        {budget['label']}: at most {' and '.join(limits)}{above}")
     lines.append(f"searched      {len(found['dimensions'])} parameters: {_short(found['dimensions'])}")
     trials = ", ".join(f"{count} {rung}" for rung, count in found["trials"].items())
     lines.append(f"trials        {trials} ({found['steps']} steps a training)")

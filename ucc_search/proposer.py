@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
 from ucc_search.space import Dimension
 
@@ -96,6 +101,10 @@ class Proposer:
 def _distribution(dimension: Dimension) -> BaseDistribution:
     if dimension.choices is not None:
         return CategoricalDistribution(dimension.choices)
+    whole = (dimension.low, dimension.high, dimension.step)
+    if all(isinstance(v, int) for v in whole):
+        low, high, step = (int(v or 1) if i == 2 else int(v or 0) for i, v in enumerate(whole))
+        return IntDistribution(low, high, step=step)
     return FloatDistribution(dimension.low, dimension.high, log=dimension.log, step=dimension.step)
 
 

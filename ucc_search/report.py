@@ -184,6 +184,9 @@ def _front_grid(rows: Sequence[TrialRow], front: Sequence[Point]) -> Grid:
     dense, knee = analysis.dense_reference(rows, rung), analysis.knee(front)
     unit, scale = _unit([*front, dense] if dense else front)
     shown = [_front_row(p, scale, p is knee) for p in front]
+    notes = ["* knee: beyond it, accuracy costs more MACs than on average"] if knee else []
+    if dense is not None and rung == "train":
+        notes.append("dense is the teacher as it is, without these training steps")
     how = f"trained {fidelity} steps, by selection accuracy" if rung == "train" else "zero-shot, by KL"
     return Grid(
         title=f"Pareto front ({how})",
@@ -193,7 +196,7 @@ def _front_grid(rows: Sequence[TrialRow], front: Sequence[Point]) -> Grid:
         ),
         rows=[*shown, _front_row(dense, scale, False)] if dense else shown,
         text=("method", "target", "tokens per block", "components"),
-        note="* knee: beyond it, accuracy costs more MACs than on average" if knee else "",
+        note="; ".join(notes),
     )
 
 
@@ -261,7 +264,11 @@ def _correlation_line(found: analysis.RankCorrelation) -> str:
 
 def _next_line(run: Run, front: Sequence[Point]) -> str:
     command = _pick_command(run, front)
-    return f"Next: {command}" if command else "Next: raise search.trials and continue with --resume"
+    if command:
+        return f"Next: {command}"
+    if any(r.state == "failed" for r in run.rows):
+        return "Next: mend what the failed trials name, then start again with another --out"
+    return "Next: raise search.trials and continue with --resume"
 
 
 def _pick_command(run: Run, front: Sequence[Point]) -> str | None:

@@ -16,7 +16,7 @@ from ucc_search.analysis import pareto_front
 from ucc_search.campaign import Campaign, Job, describe
 from ucc_search.config import RunConfig, dump_config
 from ucc_search.environment import environment
-from ucc_search.errors import RunError
+from ucc_search.errors import DataError, RunError
 from ucc_search.interfaces import Components
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
@@ -100,7 +100,14 @@ def _prepare_teacher(config: RunConfig, log: Log) -> None:
     from ucc_search.data import load_data
     from ucc_search.teachers import load_teacher
 
-    load_teacher(config, load_data(config.data, config.train.augment), log=log)
+    splits = load_data(config.data, config.train.augment)
+    load_teacher(config, splits, log=log)
+    wanted = model_shape(config).image_size
+    if set(wanted) != {splits.image_size}:
+        raise DataError(
+            f"the images have {splits.image_size} x {splits.image_size} pixels, the model takes "
+            f"{wanted[0]} x {wanted[1]}; set data.image_size or model.args.img_size"
+        )
 
 
 def _bench_evaluate(config: RunConfig, plugins: Plugins) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ KINDS = ("scorer", "aggregator", "cascade")  # what a model needs at inference
 
 
 def arch_of(
-    model: ModelConfig, components: Mapping[str, ComponentRef], identities: Mapping[str, Any], sources: Any
+    model: ModelConfig,
+    components: Mapping[str, ComponentRef],
+    identities: Mapping[str, Any],
+    sources: Any,
+    normalisation: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """What `arch.json` needs beside the plan: the dense model and the components, by name."""
     return {
@@ -33,6 +38,7 @@ def arch_of(
         "components": {k: components[k].to_dict() for k in KINDS},
         "identities": dict(identities),
         "plugins": list(sources),
+        "normalisation": {k: list(v) for k, v in normalisation.items()},
     }
 
 
@@ -48,6 +54,8 @@ def save_model(model: nn.Module, folder: Path, plan: CompressionPlan, arch: Mapp
 
 def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Module:
     """Rebuild a saved model, in eval mode. Runs no pickle; components of plugins need their plugin.
+
+    `model.pretrained_cfg` says how images must be prepared: `input_size`, `mean` and `std`.
 
     Raises:
         ModelError: the folder holds no saved model, or one of another format.
@@ -70,7 +78,26 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
     # A model of built-in components must load where the run's local plugins do not exist.
     foreign = any(i.get("plugin") not in (None, BUILTIN) for i in arch.get("identities", {}).values())
     known = plugins or Plugins.load(arch.get("plugins", ()) if foreign else ())
+    _warn_of_changes(arch, known)
     dense = build_model(config, classes=plan.shape.classes, channels=plan.shape.channels)
     model = compress(dense, plan, known.components(**refs))
     load_weights(model, folder)
+    # Where timm's own models keep how their images must be prepared.
+    size = (plan.shape.channels, *plan.shape.image_size)
+    known_so_far = dict(getattr(model, "pretrained_cfg", None) or {})
+    model.pretrained_cfg = {**known_so_far, "input_size": size, **arch.get("normalisation", {})}
     return model.eval()
+
+
+def _warn_of_changes(arch: Mapping[str, Any], plugins: Plugins) -> None:
+    """A component whose source has changed since may compute something else with the same weights."""
+    for kind, recorded in arch.get("identities", {}).items():
+        if kind not in KINDS or recorded.get("plugin") == BUILTIN:
+            continue
+        now = plugins.identity(kind, arch["components"][kind]["name"])
+        if now["sha256"] != recorded.get("sha256"):
+            warnings.warn(
+                f"{kind} {recorded['component']!r} of plugin {recorded['plugin']!r} has changed since this model was "
+                "saved; its outputs may differ",
+                stacklevel=3,
+            )

@@ -67,8 +67,15 @@ def _dense_shape(config: RunConfig, classes: int, channels: int) -> ModelShape:
 
 def _key(config: RunConfig) -> str:
     parts = [config.model.model_dump(mode="json"), config.data.model_dump(mode="json")]
-    # A folder of images may change, and with it the number of classes.
-    folder = Path(config.data.name.partition(":")[2])
-    stamp = folder.stat().st_mtime_ns if config.data.name.startswith("folder:") and folder.exists() else 0
-    text = json.dumps([parts, stamp, version("timm"), version("ucc-search")], sort_keys=True)
+    text = json.dumps([parts, folder_stamp(config), version("timm"), version("ucc-search")], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def folder_stamp(config: RunConfig) -> list[tuple[str, int]]:
+    """What changes when images or classes of a folder do: its folders, two levels deep, and their times."""
+    kind, _, argument = config.data.name.partition(":")
+    top = Path(argument).expanduser().resolve()
+    if kind != "folder" or not top.is_dir():
+        return []
+    folders = [top, *sorted(p for pattern in ("*/", "*/*/") for p in top.glob(pattern))]
+    return [(str(p), p.stat().st_mtime_ns) for p in folders]

@@ -22,10 +22,10 @@ class Dimension:
     """One searched parameter: a number between bounds, or one of several choices."""
 
     name: str
-    low: float = 0.0
-    high: float = 1.0
+    low: int | float = 0.0
+    high: int | float = 1.0
     log: bool = False
-    step: float | None = None
+    step: int | float | None = None
     choices: tuple[Any, ...] | None = None
 
 

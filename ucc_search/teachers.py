@@ -18,7 +18,7 @@ from ucc_search.data import Splits, load_data, ordered_batches
 from ucc_search.errors import ConfigError, ModelError
 from ucc_search.losses import TaskLoss
 from ucc_search.models import ASSETS, SHIPPED, build_model, load_weights
-from ucc_search.shapes import cache_folder
+from ucc_search.shapes import cache_folder, folder_stamp
 from ucc_search.train import fit
 
 RECIPE = "recipe.json"
@@ -41,10 +41,25 @@ def load_teacher(config: RunConfig, splits: Splits, *, log: Callable[[str], None
                 if not (path / WEIGHTS).is_file():
                     log(f"training the teacher once, into {path}")
                     train_teacher(config, splits, path, log=log)
+        _refuse_other_split(config, path)
         load_weights(model, path)
     elif not config.model.pretrained:
         log("note: the model has random weights (model.pretrained and model.checkpoint are unset)")
     return model.eval()
+
+
+def _refuse_other_split(config: RunConfig, path: Path) -> None:
+    """A teacher that was trained on images that are now held out would spoil every choice."""
+    try:
+        trained = json.loads((path / RECIPE).read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # weights from elsewhere: what they saw is the user's to know
+    now = config.data.model_dump()
+    if trained.get("name") == now["name"] and trained.get("select") != now["select"]:
+        raise ModelError(
+            f"{path}: this teacher was trained with data.select: {trained.get('select')}, now it is {now['select']}, "
+            "so selection would use images it was trained on; set it back, or train another teacher"
+        )
 
 
 def checkpoint_path(config: RunConfig) -> Path | None:
@@ -55,9 +70,8 @@ def checkpoint_path(config: RunConfig) -> Path | None:
     if name == "auto":
         if config.teacher is None:
             raise ConfigError("model.checkpoint is 'auto', which needs a `teacher:` section to train by")
-        recipe = json.dumps(
-            [config.model.model_dump(), config.data.model_dump(), config.teacher.model_dump()], default=str
-        )
+        sections = (config.model, config.data, config.teacher)
+        recipe = json.dumps([*(s.model_dump() for s in sections), folder_stamp(config)], default=str)
         digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
         folder = cache_folder() / "teachers"
         folder.mkdir(parents=True, exist_ok=True)

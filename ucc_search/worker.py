@@ -49,7 +49,7 @@ def _measure(bench: Workbench, task: Mapping[str, Any]) -> tuple[Measurement, in
     refs = {kind: ComponentRef.from_dict(value) for kind, value in job["components"].items()}
     parts = bench.plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
     if job["origin"] == "dense":
-        return bench.dense(), 0
+        return bench.dense(job["rung"]), 0
     if job["rung"] == "zero-shot":
         return bench.zero_shot(plan, parts), 0
     steps = bench.config.train.total_steps(len(bench.splits.train))
@@ -67,7 +67,8 @@ def _train(
 ) -> Measurement:
     parts = bench.plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
     identities = {kind: bench.plugins.identity(kind, ref.name) for kind, ref in refs.items()}
-    arch = arch_of(bench.config.model, refs, identities, bench.plugins.sources)
+    normalisation = {"mean": bench.splits.mean, "std": bench.splits.std}
+    arch = arch_of(bench.config.model, refs, identities, bench.plugins.sources, normalisation)
     return bench.train(
         plan,
         parts,

@@ -6,9 +6,6 @@ from ucc_search import Scorer, hookimpl
 class L2Norm(Scorer):
     """Euclidean norm of a token after the block's attention."""
 
-    def macs(self, site):
-        return site.tokens_in * site.dim
-
     def score(self, view):
         return view.patches_BND.norm(dim=-1)
 

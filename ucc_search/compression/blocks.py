@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from ucc_search.compression.attention import Attended, CompressedAttention
 from ucc_search.compression.tokens import TokenState, gather_rows, initial_state, reduce_tokens
+from ucc_search.errors import ModelError, PlanError
 from ucc_search.interfaces import Components, Site, TokenView
+
+_BLOCKS_TOGETHER = (
+    "a compressed model hands what it knows of its tokens from block to block, so its blocks cannot be called, "
+    "sliced or checkpointed one by one; use forward or forward_features"
+)
 
 
 class CompressedBlock(nn.Module):
@@ -49,7 +55,9 @@ class CompressedBlock(nn.Module):
         self.check = False
         """Refuse scores that are not finite, which would keep arbitrary tokens without a word."""
 
-    def forward(self, x_BTD: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+    def forward(self, x_BTD: Tensor, state: TokenState | None = None) -> tuple[Tensor, TokenState]:
+        if state is None:
+            raise ModelError(_BLOCKS_TOGETHER)
         attended = self.attn(
             self.norm1(x_BTD), need_map=self._needs_map(x_BTD), key_bias_BT=self._size_bias(state)
         )
@@ -76,7 +84,7 @@ class CompressedBlock(nn.Module):
         keys = attended.k_BHTK
         view = self._view(x_BTD, attended, keys, state)
         if self.scorer is not None:
-            score_BN = self.scorer(view).float()
+            score_BN = self._scores(self.scorer(view), view)
             if self.check and not bool(score_BN.isfinite().all()):
                 scorer = type(self.components.scorer).__name__
                 raise FloatingPointError(f"the scorer {scorer} gave scores that are not finite")
@@ -84,6 +92,11 @@ class CompressedBlock(nn.Module):
         # Bipartite merging halves at most, so a deep cut takes several rounds; their number is static.
         while x_BTD.shape[1] - self.prefix > self.tokens_out:
             assignment = aggregator.assign(view, state.score_BN, self.tokens_out)
+            if assignment.keep_BR.shape[1] < self.tokens_out:
+                raise PlanError(
+                    f"the aggregator {type(aggregator).__name__} kept {assignment.keep_BR.shape[1]} tokens, "
+                    f"expected at least {self.tokens_out}"
+                )
             patches, state = reduce_tokens(
                 x_BTD[:, self.prefix :], state, assignment, absorb_scores=aggregator.absorb_scores
             )
@@ -92,6 +105,17 @@ class CompressedBlock(nn.Module):
                 keys = self._kept_keys(keys, assignment.keep_BR)
                 view = self._view(x_BTD, attended, keys, state)
         return x_BTD, state
+
+    def _scores(self, score_BN: Tensor, view: TokenView) -> Tensor:
+        """The shape is known from integers, so this check costs nothing and survives an export."""
+        expected = tuple(view.patches_BND.shape[:2])
+        if tuple(score_BN.shape) != expected:
+            raise PlanError(
+                f"the scorer {type(self.components.scorer).__name__} gave scores of shape "
+                f"{tuple(score_BN.shape)}, expected {expected}: one for each patch token, none for the "
+                f"{self.prefix} prefix tokens"
+            )
+        return score_BN.float()
 
     def _kept_keys(self, k_BHTK: Tensor, keep_BR: Tensor) -> Tensor:
         patches = k_BHTK[:, :, self.prefix :].transpose(1, 2).flatten(2)
@@ -129,6 +153,11 @@ class CascadeBlocks(nn.Sequential):
         self.prefix, self.restore = prefix, restore
         self.trace = False
         """Keep the composition of every token; set while a distiller or a picture needs it."""
+
+    def __getitem__(self, index: int | slice) -> nn.Module:  # type: ignore[override]
+        if isinstance(index, slice):
+            raise ModelError(_BLOCKS_TOGETHER)
+        return super().__getitem__(index)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         state = initial_state(x_BTD[:, self.prefix :], owners=self.restore, trace=self.trace)

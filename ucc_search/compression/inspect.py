@@ -88,6 +88,8 @@ _OTHER_FAMILIES = {
 
 def _block_refusal(block: nn.Module) -> str | None:
     # Exact types: a subclass may compute something else.
+    if type(block).__name__ == "CompressedBlock":
+        return "it is compressed already; compress the dense model with another plan"
     if type(block) is not Block:
         return f"{type(block).__name__} is not timm's pre-norm Block"
     if type(block.attn) is not Attention:

@@ -26,4 +26,5 @@ def test_it_loads_is_costed_and_keeps_the_largest_tokens():
     norms = (seen["before"] + seen["added"])[:, 1:].norm(dim=-1)
     kept = seen["after"][:, 1:].norm(dim=-1)
     torch.testing.assert_close(kept.sort().values, norms.topk(8).values.sort().values)
-    assert ucc_search.cost(plan, parts).scorer_macs == 16 * 16
+    # Norms are not counted as MACs, here as everywhere.
+    assert ucc_search.cost(plan, parts).scorer_macs == 0
