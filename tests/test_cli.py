@@ -116,7 +116,7 @@ WRONG = {
     "learning rate": (sets("train.optimizer.lr=-1"), ["train.optimizer.lr is -1", "greater than 0"]),
     "range reversed": (
         sets("space.distiller={name: logits, weight: {low: 3, high: 1}}"),
-        ["space.distiller.logits.weight", "needs low <= high, got low=3.0 high=1.0"],
+        ["space.distiller.logits.weight", "needs low <= high, got low=3 high=1"],
     ),
     "unknown scorer": (
         sets("space.scorer=clas_attention"),

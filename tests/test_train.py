@@ -130,9 +130,8 @@ def test_several_processes_need_deepspeed():
 
 
 def test_deepspeed_gets_the_batch_sizes_it_checks():
-    resolved = deepspeed_config(
-        config(batch_size=96, gradient_accumulation=3, workers=2, deepspeed={"prescale_gradients": True}), 2
-    )
+    changes = {"gradient_accumulation": 3, "workers": 2, "deepspeed": {"prescale_gradients": True}}
+    resolved = deepspeed_config(config(engine="deepspeed", batch_size=96, **changes), 2)
     assert resolved["train_batch_size"] == 96
     assert resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * 2 == 96
     assert resolved["prescale_gradients"] is True
