@@ -82,8 +82,8 @@ def fit(
     """
     worker = worker or Worker()
     device = device_for_training()
-    # Small loss weights drive Adam's second moments below the smallest normal float, where a CPU is
-    # tens of times slower.
+    # Small loss weights can drive Adam's second moments below the smallest normal float, where a CPU
+    # is several times slower.
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     total = config.total_steps(len(images))
