@@ -17,7 +17,7 @@ from ucc_search.analysis import aggregate_seeds, quality, usable
 from ucc_search.budget import Budget
 from ucc_search.config import RunConfig
 from ucc_search.costs import cost
-from ucc_search.interfaces import ComponentRef
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
@@ -25,7 +25,6 @@ from ucc_search.schedule import Scheduler, components_of
 from ucc_search.space import KINDS, Candidate, SearchSpace
 from ucc_search.store import RunStore, TrialRow, plan_key
 
-_INFERENCE = ("scorer", "aggregator", "cascade")
 _REPROPOSE = 20
 _SPENT = 0.99  # a proposal that leaves more of its budget unused is made again
 
@@ -70,7 +69,7 @@ class Campaign:
         self.config, self.plugins, self.scheduler, self.space = config, plugins, scheduler, space
         self.store = store
         self._rows = store.rows()
-        self._next_id = max((r.id for r in self._rows), default=-1) + 1
+        self._next_id = store.next_id()
         self._open: dict[int, Job] = {}
         self._proposers = self._make_proposers()
         self._seen = {
@@ -82,10 +81,6 @@ class Campaign:
     @property
     def rows(self) -> list[TrialRow]:
         return self._rows
-
-    @property
-    def open_jobs(self) -> int:
-        return len(self._open)
 
     def next_job(self) -> Job | None:
         """The next job; None while the ones in flight must finish first.
@@ -147,7 +142,7 @@ class Campaign:
 
     def _spends(self, budget: Budget, candidate: Candidate, plan: CompressionPlan) -> bool:
         """Whether the plan uses the budget up; few tokens in few blocks make a coarse lattice."""
-        parts = self.plugins.components(*(candidate.components[k] for k in _INFERENCE))
+        parts = self.plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
         return budget.max_macs is None or cost(plan, parts).macs >= _SPENT * min(
             budget.max_macs, cost(self.scheduler.base, parts).macs
         )
@@ -210,7 +205,7 @@ class Campaign:
         return row
 
     def _row(self, job: Job, outcome: Mapping[str, Any]) -> TrialRow:
-        parts = self.plugins.components(*(job.components[k] for k in _INFERENCE))
+        parts = self.plugins.components(*(job.components[k] for k in INFERENCE_KINDS))
         price = cost(job.plan, parts)
         return TrialRow(
             id=job.id,

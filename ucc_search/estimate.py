@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from ucc_search.config import RunConfig
-from ucc_search.plan import ModelShape
 from ucc_search.shapes import cache_folder
+from ucc_search.space import KINDS
 from ucc_search.store import TrialRow
 
 
@@ -48,10 +50,7 @@ def jobs(config: RunConfig) -> dict[str, int]:
     fixed = len(config.baselines) * targets
     if search.fidelity == "train":
         return {"train": search.trials + fixed * len(search.seeds)}
-    kinds = ("scorer", "aggregator", "cascade", "distiller")
-    sets = 1
-    for kind in kinds:
-        sets *= len(getattr(config.space, kind))
+    sets = math.prod(len(getattr(config.space, kind)) for kind in KINDS)
     trained = 0
     if search.promote:
         promoted = min(search.trials, targets * sets * search.promote)
@@ -59,11 +58,11 @@ def jobs(config: RunConfig) -> dict[str, int]:
     return {"zero-shot": search.trials + fixed, "train": trained}
 
 
-def seconds(config: RunConfig, shape: ModelShape, dense_macs: int, train_images: int) -> float | None:
+def seconds(config: RunConfig, dense_macs: int, steps: int) -> float | None:
     """Expected seconds of a run, None where this machine has not measured enough.
 
     Args:
-        train_images: images of the training split.
+        steps: optimiser steps of one training.
     """
     known, total = speeds(), 0.0
     for rung, count in jobs(config).items():
@@ -71,11 +70,8 @@ def seconds(config: RunConfig, shape: ModelShape, dense_macs: int, train_images:
             continue
         if rung not in known:
             return None
-        steps = config.train.total_steps(train_images)
         # On average a candidate costs about half of the dense model.
         total += count * known[rung] * 0.5 * dense_macs * _images(rung, steps, config) / 1e9
-    import os
-
     return total / (config.search.concurrency or os.cpu_count() or 1)
 
 

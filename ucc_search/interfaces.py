@@ -215,6 +215,10 @@ class Distiller(Component):
         raise NotImplementedError(f"{type(self).__name__} must define losses(...) or build(context)")
 
 
+INFERENCE_KINDS = ("scorer", "aggregator", "cascade")
+"""The components that a model needs to run; a distiller is needed to train it alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class ComponentRef:
     """A component as a space file names it: enough to build it again in another process."""

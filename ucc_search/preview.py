@@ -11,7 +11,7 @@ from ucc_search import estimate
 from ucc_search.config import RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import ConfigError
-from ucc_search.interfaces import ComponentRef
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import HOOKS, Plugins
 from ucc_search.schedule import Scheduler, check_budgets, components_of
@@ -49,7 +49,7 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
         "dimensions": [d.name for d in space.dimensions],
         "trials": estimate.jobs(config),
         "steps": steps,
-        "seconds": estimate.seconds(config, shape, dense.macs, train_images(config)),
+        "seconds": estimate.seconds(config, dense.macs, steps),
         "out": f"results/{config.name}",
     }
 
@@ -64,7 +64,7 @@ def _reachable(
     methods |= {b.name: (components_of(b), None) for b in config.baselines}
     found = {}
     for name, (refs, keep) in methods.items():
-        parts = plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+        parts = plugins.components(*(refs[k] for k in INFERENCE_KINDS))
         if parts.cascade.needs_model:
             continue
         least = cost(scheduler.smallest(refs, keep), parts).macs

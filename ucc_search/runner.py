@@ -7,16 +7,16 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ucc_search import estimate
-from ucc_search.analysis import pareto_front
+from ucc_search.analysis import pareto_front, usable
 from ucc_search.campaign import Campaign, Job, describe
 from ucc_search.config import RunConfig, dump_config
 from ucc_search.environment import environment
-from ucc_search.errors import DataError, RunError
+from ucc_search.errors import DataError
 from ucc_search.interfaces import Components
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
@@ -122,15 +122,19 @@ def _bench_evaluate(config: RunConfig, plugins: Plugins) -> Callable[..., Any]:
     return make
 
 
-def _task(campaign: Campaign, job: Job, threads: int) -> dict[str, Any]:
-    return {
+def _task_maker(campaign: Campaign, threads: int) -> Callable[[Job], dict[str, Any]]:
+    """What is the same for every job of a run is made once."""
+    common = {
         "config": dump_config(campaign.config),
         "plugins": list(campaign.plugins.sources),
         "disabled": list(campaign.plugins.disabled),
         "threads": threads,
-        "out": str(campaign.store.folder(job.id).resolve()),
-        "job": job.to_dict(),
     }
+
+    def task(job: Job) -> dict[str, Any]:
+        return {**common, "out": str(campaign.store.folder(job.id).resolve()), "job": job.to_dict()}
+
+    return task
 
 
 def _run_here(campaign: Campaign, log: Log) -> None:
@@ -138,63 +142,62 @@ def _run_here(campaign: Campaign, log: Log) -> None:
 
     # Half of the logical cores: as many as there are real ones, and room for whatever else runs,
     # which OpenMP threads that wait for one another tolerate badly.
-    threads = max(1, (os.cpu_count() or 1) // 2)
+    task = _task_maker(campaign, threads=max(1, (os.cpu_count() or 1) // 2))
     with contextlib.suppress(StopIteration):
         while True:
             job = campaign.next_job()
             assert job is not None, "one job at a time leaves none in flight"
-            row = campaign.finish(job.id, measure(_task(campaign, job, threads)))
+            row = campaign.finish(job.id, measure(task(job)))
             log(describe(row))
 
 
 def _run_on_ray(campaign: Campaign, log: Log) -> None:
-    with _quiet_ray():
-        import ray
-        from ray import tune
+    _quiet_ray()
+    import ray
+    from ray import tune
 
-        from ucc_search.tuning import CampaignSearcher, SilentReporter, trainable
+    from ucc_search.tuning import CampaignSearcher, SilentReporter, trainable
 
-        search = campaign.config.search
-        started = not ray.is_initialized()
+    search = campaign.config.search
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    workers = campaign.config.train.workers
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus = int(resources.get("CPU", 1))
+    at_once = search.concurrency or max(1, cpus // workers)
+    threads = max(1, cpus // (at_once * workers))
+    searcher = CampaignSearcher(campaign, _task_maker(campaign, threads), log)
+    scratch = campaign.store.path / "ray"
+    try:
+        tuner = tune.Tuner(
+            tune.with_resources(
+                trainable,
+                {"cpu": workers if at_once * workers <= cpus else 1, "gpu": search.gpus_per_trial},
+            ),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, num_samples=-1, max_concurrent_trials=at_once, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(scratch.resolve()),
+                verbose=0,
+                progress_reporter=SilentReporter(),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        tuner.fit()
+    finally:
         if started:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-        workers = campaign.config.train.workers
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        cpus = int(resources.get("CPU", 1))
-        at_once = search.concurrency or max(1, cpus // workers)
-        threads = max(1, cpus // (at_once * workers))
-        searcher = CampaignSearcher(campaign, lambda job: _task(campaign, job, threads), log)
-        scratch = campaign.store.path / "ray"
-        try:
-            tuner = tune.Tuner(
-                tune.with_resources(
-                    trainable,
-                    {"cpu": workers if at_once * workers <= cpus else 1, "gpu": search.gpus_per_trial},
-                ),
-                tune_config=tune.TuneConfig(
-                    search_alg=searcher, num_samples=-1, max_concurrent_trials=at_once, reuse_actors=True
-                ),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=str(scratch.resolve()),
-                    verbose=0,
-                    progress_reporter=SilentReporter(),
-                    checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-                ),
-            )
-            tuner.fit()
-        finally:
-            if started:
-                ray.shutdown()
-            shutil.rmtree(scratch, ignore_errors=True)
-        if searcher.problem is not None:
-            raise searcher.problem
-        if not searcher.finished:
-            raise KeyboardInterrupt
+            ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+    if searcher.problem is not None:
+        raise searcher.problem
+    if not searcher.finished:
+        raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def _quiet_ray() -> Iterator[None]:
+def _quiet_ray() -> None:
     """Ray prints its own tables and warnings even at verbosity 0; the run has its own lines."""
     settings = {
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -209,12 +212,8 @@ def _quiet_ray() -> Iterator[None]:
         os.environ.setdefault(key, value)
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    yield
 
 
 def exit_code(run: Run) -> int:
     """0 if the run has a usable trial, else 1; the uncompressed model is none."""
-    return 0 if any(r.state == "ok" and r.feasible and r.origin != "dense" for r in run.rows) else 1
-
-
-__all__ = ["Interrupted", "RunError", "check_budgets", "exit_code", "search"]
+    return 0 if usable(run.rows) else 1

@@ -13,7 +13,7 @@ from torch import nn
 from ucc_search.compression import compress
 from ucc_search.config import ModelConfig
 from ucc_search.errors import ModelError
-from ucc_search.interfaces import ComponentRef
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
 from ucc_search.models import build_model, load_weights
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import BUILTIN, Plugins
@@ -21,7 +21,6 @@ from ucc_search.plugins import BUILTIN, Plugins
 ARCH = "arch.json"
 WEIGHTS = "model.safetensors"
 ARCH_FORMAT = 1
-KINDS = ("scorer", "aggregator", "cascade")  # what a model needs at inference
 
 
 def arch_of(
@@ -35,7 +34,7 @@ def arch_of(
     return {
         "format": ARCH_FORMAT,
         "model": {"name": model.name, "args": dict(model.args)},
-        "components": {k: components[k].to_dict() for k in KINDS},
+        "components": {k: components[k].to_dict() for k in INFERENCE_KINDS},
         "identities": dict(identities),
         "plugins": list(sources),
         "normalisation": {k: list(v) for k, v in normalisation.items()},
@@ -72,7 +71,7 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
             raise ModelError(f"{path}: format {arch['format']}, expected {ARCH_FORMAT}; upgrade ucc-search")
         plan = CompressionPlan.from_dict(arch["plan"])
         config = ModelConfig(name=arch["model"]["name"], args=arch["model"]["args"])
-        refs = {kind: ComponentRef.from_dict(arch["components"][kind]) for kind in KINDS}
+        refs = {kind: ComponentRef.from_dict(arch["components"][kind]) for kind in INFERENCE_KINDS}
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: not readable ({type(error).__name__}: {error})") from None
     # A model of built-in components must load where the run's local plugins do not exist.
@@ -92,7 +91,7 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
 def _warn_of_changes(arch: Mapping[str, Any], plugins: Plugins) -> None:
     """A component whose source has changed since may compute something else with the same weights."""
     for kind, recorded in arch.get("identities", {}).items():
-        if kind not in KINDS or recorded.get("plugin") == BUILTIN:
+        if kind not in INFERENCE_KINDS or recorded.get("plugin") == BUILTIN:
             continue
         now = plugins.identity(kind, arch["components"][kind]["name"])
         if now["sha256"] != recorded.get("sha256"):

@@ -8,7 +8,7 @@ from ucc_search.budget import Budget, budgets, project, whole_tokens, with_token
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import BudgetError, PluginError
-from ucc_search.interfaces import ComponentRef, Components, ScheduleRequest
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Components, ScheduleRequest
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.space import KINDS, SearchSpace, spares_last_block
@@ -49,14 +49,14 @@ class Scheduler:
             BudgetError: the cascade cannot meet the budget.
             PluginError: the components do not fit the model.
         """
-        parts = self._plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+        parts = self._plugins.components(*(refs[k] for k in INFERENCE_KINDS))
         return project(self.base, self.profile(refs, parts, keep_ratios), budget, parts)
 
     def smallest(
         self, refs: Mapping[str, ComponentRef], keep_ratios: Sequence[float] | None
     ) -> CompressionPlan:
         """The cheapest plan that the cascade can make."""
-        parts = self._plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+        parts = self._plugins.components(*(refs[k] for k in INFERENCE_KINDS))
         family = self.profile(refs, parts, keep_ratios)
         return with_tokens(self.base, whole_tokens(family(1.0), self.base.shape.tokens))
 
@@ -65,7 +65,7 @@ class Scheduler:
     ) -> Profile:
         """The cascade's family of schedules; calibrated ones are made once."""
         cascade, shape = parts.cascade, self.base.shape
-        key = repr([sorted(refs[k].to_dict().items()) for k in ("scorer", "aggregator", "cascade")])
+        key = repr([sorted(refs[k].to_dict().items()) for k in INFERENCE_KINDS])
         if key in self._profiles:
             return self._profiles[key]
         evaluate: Evaluate | None = None

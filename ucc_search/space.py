@@ -10,11 +10,11 @@ from pydantic import ValidationError
 
 from ucc_search.config import Range, SpaceConfig
 from ucc_search.errors import ConfigError
-from ucc_search.interfaces import ComponentRef
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 
-KINDS = ("scorer", "aggregator", "cascade", "distiller")
+KINDS = (*INFERENCE_KINDS, "distiller")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from ucc_search.budget import with_tokens
 from ucc_search.builtin.distillers import logit_kl
 from ucc_search.compression import checked_scores, compress, set_tokens, shape_of
 from ucc_search.config import RunConfig, parse_config
-from ucc_search.data import Splits, load_data, ordered_batches
+from ucc_search.data import Splits, calibration_batches, load_data
 from ucc_search.interfaces import ComponentRef, Components, DistillContext
 from ucc_search.losses import CandidateLoss
 from ucc_search.plan import CompressionPlan, ModelShape
@@ -58,7 +60,7 @@ class Workbench:
     @functools.cached_property
     def calibration(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(images, labels, teacher's logits) of the calibration images, which come from select."""
-        batches = ordered_batches(self.splits.select, 250, limit=self.config.data.calibration)
+        batches = calibration_batches(self.splits, self.config.data.calibration)
         with torch.inference_mode():
             on_device = ((x.to(self.device), y.to(self.device)) for x, y in batches)
             return [(x, y, self.teacher(x)) for x, y in on_device]
@@ -67,6 +69,11 @@ class Workbench:
         """KL to the teacher and accuracy on the calibration images, without any training."""
         model = compress(self.teacher, plan, components).eval()
         start = time.perf_counter()
+        kl, right = self._on_calibration(model)
+        return Measurement(kl, right, compute_seconds=time.perf_counter() - start)
+
+    def _on_calibration(self, model: nn.Module) -> tuple[float, float]:
+        """(KL to the teacher, accuracy) on the calibration images."""
         kl, correct, seen = 0.0, 0, 0
         with torch.inference_mode(), checked_scores(model):
             for images, labels, teacher_logits in self.calibration:
@@ -74,7 +81,7 @@ class Workbench:
                 kl += float(logit_kl(logits, teacher_logits)) * len(labels)
                 correct += int((logits.argmax(1) == labels).sum())
                 seen += len(labels)
-        return Measurement(kl / seen, correct / seen, compute_seconds=time.perf_counter() - start)
+        return kl / seen, correct / seen
 
     def dense(self, rung: str) -> Measurement:
         """The uncompressed model as it is, on the images that the candidates of this rung are measured on."""
@@ -140,7 +147,7 @@ class Workbench:
         model = (result.averaged or student).float().eval()
         set_tokens(model, plan.tokens)
         measured = Measurement(
-            kl=self._kl(model),
+            kl=self._on_calibration(model)[0],
             accuracy=accuracy(model, self.splits.select),
             test_accuracy=accuracy(model, self.splits.test),
             loss=sum(result.losses[-20:]) / len(result.losses[-20:]),
@@ -150,11 +157,6 @@ class Workbench:
         if out is not None and arch is not None and (worker is None or worker.rank == 0):
             save_model(model, out, plan, arch)
         return measured
-
-    def _kl(self, model: nn.Module) -> float:
-        with torch.inference_mode(), checked_scores(model):
-            sums = [float(logit_kl(model(x), t)) * len(x) for x, _, t in self.calibration]
-        return sum(sums) / sum(len(x) for x, _, _ in self.calibration)
 
     def _annealing(self, student: nn.Module, plan: CompressionPlan) -> Callable[[float], None]:
         """Keep ratios fall by a cosine from 1 to the plan (EViT, section 4.1)."""
@@ -169,8 +171,6 @@ class Workbench:
 
 def annealed_tokens(plan: CompressionPlan, progress: float, start: float, end: float) -> list[int]:
     """Whole tokens per block at a share of the training; the plan's own from `end` on."""
-    import math
-
     if progress >= end:
         return list(plan.tokens)
     through = max(0.0, (progress - start) / max(end - start, 1e-9))
@@ -191,8 +191,6 @@ _benches: dict[str, Workbench] = {}
 
 def warm_bench(resolved: str, sources: Sequence[str], disabled: Sequence[str]) -> Workbench:
     """This process's bench for a resolved configuration; a worker keeps only the newest."""
-    import yaml
-
     key = repr((resolved, tuple(sources), tuple(disabled)))
     if key not in _benches:
         _benches.clear()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ucc_search.errors import UserError
-from ucc_search.interfaces import ComponentRef
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Components
 from ucc_search.plan import CompressionPlan
 from ucc_search.saving import arch_of
 from ucc_search.train import TrainingError, Worker
@@ -45,27 +45,27 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def _measure(bench: Workbench, task: Mapping[str, Any]) -> tuple[Measurement, int]:
     job = task["job"]
-    plan = CompressionPlan.from_dict(job["plan"])
-    refs = {kind: ComponentRef.from_dict(value) for kind, value in job["components"].items()}
-    parts = bench.plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
     if job["origin"] == "dense":
         return bench.dense(job["rung"]), 0
     if job["rung"] == "zero-shot":
+        plan, _, parts = _decode(bench, job)
         return bench.zero_shot(plan, parts), 0
     steps = bench.config.train.total_steps(len(bench.splits.train))
     if bench.config.train.workers > 1:
         return _train_together(task, bench.config.train.workers), steps
-    return _train(bench, task, plan, refs, None), steps
+    return _train(bench, task, None), steps
 
 
-def _train(
-    bench: Workbench,
-    task: Mapping[str, Any],
-    plan: CompressionPlan,
-    refs: Mapping[str, ComponentRef],
-    worker: Worker | None,
-) -> Measurement:
-    parts = bench.plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+def _decode(
+    bench: Workbench, job: Mapping[str, Any]
+) -> tuple[CompressionPlan, dict[str, ComponentRef], Components]:
+    refs = {kind: ComponentRef.from_dict(value) for kind, value in job["components"].items()}
+    parts = bench.plugins.components(*(refs[k] for k in INFERENCE_KINDS))
+    return CompressionPlan.from_dict(job["plan"]), refs, parts
+
+
+def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> Measurement:
+    plan, refs, parts = _decode(bench, task["job"])
     identities = {kind: bench.plugins.identity(kind, ref.name) for kind, ref in refs.items()}
     normalisation = {"mean": bench.splits.mean, "std": bench.splits.std}
     arch = arch_of(bench.config.model, refs, identities, bench.plugins.sources, normalisation)
@@ -96,11 +96,7 @@ def _rank_main(rank: int, world: int, rendezvous: str, task: dict[str, Any], res
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(task["threads"])
     bench = warm_bench(task["config"], task["plugins"], task["disabled"])
-    job = task["job"]
-    refs = {kind: ComponentRef.from_dict(value) for kind, value in job["components"].items()}
-    measured = _train(
-        bench, task, CompressionPlan.from_dict(job["plan"]), refs, Worker(rank, world, rendezvous)
-    )
+    measured = _train(bench, task, Worker(rank, world, rendezvous))
     if rank == 0:
         torch.save(measured.__dict__, result)
     torch.distributed.barrier()
