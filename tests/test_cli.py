@@ -114,6 +114,12 @@ WRONG = {
     "keep ratio 1.5": (sets("space.keep_ratio.high=1.5"), ["space.keep_ratio", "high is 1.5", "<= 1"]),
     "keep ratio reversed": (sets("space.keep_ratio={low: 0.9, high: 0.5}"), ["0.9", "low < high"]),
     "learning rate": (sets("train.optimizer.lr=-1"), ["train.optimizer.lr is -1", "greater than 0"]),
+    "average's decay": (sets("train.ema=1"), ["train.ema.decay is 1", "less than 1"]),
+    "average's key": (
+        sets("train.ema={decay: 0.9, rmap: true}"),
+        ["'train.ema.rmap'", "did you mean 'ramp'?", "every"],
+    ),
+    "fold without CutMix": (sets("train.augment.cutmix_fold=true"), ["train.augment", "cutmix above 0"]),
     "range reversed": (
         sets("space.distiller={name: logits, weight: {low: 3, high: 1}}"),
         ["space.distiller.logits.weight", "needs low <= high, got low=3 high=1"],

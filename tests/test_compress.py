@@ -98,9 +98,12 @@ def test_the_rebuilt_blocks_compute_what_timm_computes(model):
     sites = parts().sites(cut_plan(model, tokens=[15, 14, 13, 12]))
     small = copy.deepcopy(model)
     shape = shape_of(model)
+    dense = CompressionPlan.identity(shape)
     blocks = [
         CompressedBlock(
             block,
+            site.block,
+            dense.blocks[site.block],
             parts(),
             site,
             prefix=shape.prefix_tokens,

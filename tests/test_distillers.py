@@ -4,17 +4,27 @@ import functools
 import math
 
 import pytest
+import timm
 import torch
 from shapes import small_shape
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 
 from ucc_search.builtin.aggregators import Bipartite, Drop, Fuse, Host
 from ucc_search.builtin.cascades import PerBlock
-from ucc_search.builtin.distillers import Logits, NoDistillation, TwoLevel, hide, logit_kl
+from ucc_search.builtin.distillers import (
+    Logits,
+    NoDistillation,
+    PooledFeatures,
+    TwoLevel,
+    hide,
+    logit_kl,
+)
 from ucc_search.builtin.scorers import Joint
 from ucc_search.compression import compress, shape_of
 from ucc_search.config import AugmentConfig
 from ucc_search.interfaces import Components, DistillContext, Features, Outputs
-from ucc_search.losses import CandidateLoss, record
+from ucc_search.losses import CandidateLoss, record, record_pooled
 from ucc_search.models import small_vit
 from ucc_search.plan import CompressionPlan
 
@@ -79,6 +89,100 @@ def test_the_weight_scales_the_loss():
     one, two = (Outputs(torch.randn(4, 10), {}) for _ in range(2))
     light, heavy = (Logits(weight).losses(one, two, 0.0)["logits"] for weight in (0.5, 2.0))
     torch.testing.assert_close(heavy, 4 * light)
+
+
+# Pooled features
+
+
+POOLS = {
+    **{p or "none": {"global_pool": p} for p in ("token", "avg", "avgmax", "max", "map", "")},
+    "registers": {"reg_tokens": 4, "global_pool": "avg", "fc_norm": False},
+}
+
+
+@pytest.mark.parametrize("options", POOLS.values(), ids=POOLS)
+def test_the_pooled_feature_is_what_the_classifier_reads(options):
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
+    model = VisionTransformer(img_size=8, in_chans=1, patch_size=2, **sizes, **options).eval()
+    with torch.no_grad(), record_pooled(model) as found:
+        logits = model(images())
+        model(images(batch=5))
+    first, second = found
+    assert (len(second), first.shape[-1]) == (5, 24)
+    torch.testing.assert_close(model.head(first), logits, rtol=0, atol=0)
+    assert not model.head._forward_pre_hooks
+
+
+def test_of_two_classifiers_the_first_counts():
+    sizes = {"embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 10}
+    model = VisionTransformerDistilled(img_size=8, in_chans=1, patch_size=2, **sizes).eval()
+    with torch.no_grad(), record_pooled(model) as found:
+        model(images())
+        torch.testing.assert_close(found[0], model.forward_features(images())[:, 0])
+
+
+def test_pyramids_have_a_pooled_feature_too():
+    model = timm.create_model("pvt_v2_b0", num_classes=10, in_chans=1).eval()
+    with torch.no_grad(), record_pooled(model) as found:
+        logits = model(torch.randn(2, 1, 32, 32))
+    assert found[0].shape == (2, 256)
+    torch.testing.assert_close(model.head(found[0]), logits, rtol=0, atol=0)
+
+
+def feature_loss(small, big, weight=20.0):
+    """A student narrower than its teacher, whatever `compress` can make."""
+    shape = shape_of(big)
+    settings = DistillContext(CompressionPlan.identity(shape).replace(embed_dim=small.embed_dim), shape)
+    rule = {"label_smoothing": 0.0, "augment": AugmentConfig()}
+    return CandidateLoss(small, big, PooledFeatures(weight), settings, **rule)
+
+
+def narrow():
+    torch.manual_seed(1)
+    return VisionTransformer(
+        img_size=8, in_chans=1, patch_size=2, embed_dim=12, depth=2, num_heads=3, num_classes=10
+    )
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_feature_loss_is_the_mean_square_written_out(adapted):
+    small, labels = narrow() if adapted else student(), torch.tensor([0, 1, 2])
+    module = feature_loss(small, teacher(), weight=3.0).eval()
+    assert isinstance(module.distiller.adapter, torch.nn.Linear if adapted else torch.nn.Identity)
+    losses = module(images(), labels, 0.0)
+    features = (m.forward_head(m.forward_features(images()), pre_logits=True) for m in (small, teacher()))
+    own, theirs = features
+    expected = 3.0 * (module.distiller.adapter(own) - theirs).pow(2).sum() / (3 * 24)
+    assert set(losses) == {"task", "features"}
+    torch.testing.assert_close(losses["features"], expected)
+    task = torch.nn.functional.cross_entropy(small(images()), labels)
+    torch.testing.assert_close(losses["task"], task)
+
+
+def test_a_student_equal_to_its_teacher_has_no_feature_loss():
+    labels = torch.tensor([0, 1, 2])
+    assert feature_loss(student((16, 16, 16, 16)), teacher()).eval()(images(), labels, 0.0)["features"] == 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 20.0])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_feature_loss_reaches_every_parameter(adapted, weight):
+    module = feature_loss(narrow() if adapted else student(), teacher(), weight).train()
+    module.model.requires_grad_(True)
+    losses = module(images(), torch.tensor([1, 2, 3]), 0.0)
+    torch.stack(list(losses.values())).sum().backward()
+    assert not [n for n, p in module.named_parameters() if p.grad is None]
+    assert all(p.grad is None for p in teacher().parameters())
+    alone = module(images(), torch.tensor([1, 2, 3]), 0.0)["features"]
+    (slope,) = torch.autograd.grad(alone, module.model.blocks[0].norm1.weight)
+    assert bool(slope.any()) == (weight > 0)
+
+
+def test_features_are_recorded_for_distillers_that_ask():
+    rule = {"label_smoothing": 0.0, "augment": AugmentConfig()}
+    module = CandidateLoss(student(), teacher(), Logits(), context(), **rule)
+    assert module._teach(images()).pooled_BD is None
+    assert feature_loss(student(), teacher())._teach(images()).pooled_BD.shape == (3, 24)
 
 
 # What the tokens are made of
@@ -251,6 +355,7 @@ def test_no_distillation_is_the_task_loss_alone():
     [
         (lambda: Logits(tau=0), "tau is 0"),
         (lambda: Logits(weight=-1), "weight is -1"),
+        (lambda: PooledFeatures(weight=-1), "weight is -1"),
         (lambda: TwoLevel(mask_ratio=0.0), "mask_ratio is 0.0"),
         (lambda: TwoLevel(schedule="later"), "schedule is 'later'"),
         (lambda: TwoLevel(exploration=-1e-3), "exploration is -0.001"),

@@ -18,7 +18,7 @@ HEAVY = {"torch", "torchvision", "timm", "ray", "optuna", "deepspeed", "pandas",
 LIGHT = [
     *("errors", "plan", "costs", "interfaces", "hookspecs", "units", "builtin", "plugins", "config"),
     *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
-    *("report", "cli"),
+    *("report", "cli", "strength", "widths", "progress"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""
 
@@ -31,13 +31,15 @@ ALLOWED = {
     "hookspecs": {"interfaces"},
     "config": {"errors", "interfaces"},
     "plugins": {"builtin", "errors", "hookspecs", "interfaces"},
-    "budget": {"config", "costs", "errors", "interfaces", "plan", "units"},
-    "space": {"config", "errors", "interfaces", "plan", "plugins"},
-    "schedule": {"budget", "config", "costs", "errors", "interfaces", "plan", "plugins", "space"},
+    "strength": set(),
+    "widths": {"config", "errors", "plan", "strength"},
+    "budget": {"config", "costs", "errors", "interfaces", "plan", "units", "widths"},
+    "space": {"config", "errors", "interfaces", "plan", "plugins", "widths"},
+    "schedule": {"budget", "config", "costs", "errors", "interfaces", "plan", "plugins", "space", "widths"},
     "analysis": {"errors", "store", "units"},
     "proposer": {"space"},
     "compression": {"builtin", "errors", "interfaces", "plan"},
-    "builtin": {"errors", "hookspecs", "interfaces", "plan"},
+    "builtin": {"errors", "hookspecs", "interfaces", "plan", "strength"},
 }
 """All that these modules may import of ours, wherever in the file; others are not restricted."""
 

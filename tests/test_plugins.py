@@ -87,8 +87,10 @@ def test_builtins_are_a_plugin_like_any_other():
     assert [r.name for r in plugins.records] == ["builtin"]
     assert set(plugins.names("scorer")) == {"joint", "spatial", "spectral", "class_attention", "random"}
     assert set(plugins.names("aggregator")) == {"host", "drop", "fuse", "bipartite"}
-    assert set(plugins.names("cascade")) == {"per_block", "constant", "geometric", "staged", "calibrated"}
-    assert set(plugins.names("distiller")) == {"two_level", "logits", "none"}
+    cascades = {"per_block", "keep_all", "constant", "geometric", "staged", "calibrated"}
+    assert set(plugins.names("cascade")) == cascades
+    assert set(plugins.names("importance")) == {"kl", "fisher", "magnitude", "random"}
+    assert set(plugins.names("distiller")) == {"two_level", "logits", "features", "none"}
 
 
 @pytest.mark.parametrize("kind", HOOKS)

@@ -11,10 +11,11 @@ from ucc_search.budget import budgets
 from ucc_search.config import RunConfig, dump_config, load_config
 from ucc_search.costs import cost
 from ucc_search.data import Splits
+from ucc_search.interfaces import INFERENCE_KINDS
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.preview import preview, preview_text
-from ucc_search.schedule import Scheduler, components_of
+from ucc_search.schedule import Scheduler, candidate_of
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
 
@@ -38,7 +39,7 @@ def config(path) -> RunConfig:
 def _no_images(monkeypatch, tmp_path):
     def load(config, augment=None) -> Splits:
         classes, channels = DATA[config.name.partition(":")[0]]
-        return Splits(range(50_000), [], [], classes, channels, 0)
+        return Splits(range(50_000), [], [], classes, channels, config.image_size or 224)
 
     monkeypatch.setenv("UCC_SEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "load_data", load)
@@ -74,16 +75,16 @@ def test_every_method_meets_every_budget_and_uses_it(config):
     """A baseline that wastes its budget would lose for the wrong reason."""
     plugins, shape = Plugins.load(entry_points=False), model_shape(config)
     scheduler = Scheduler(config, shape, plugins)
-    methods = {b.name: (components_of(b), None) for b in config.baselines}
+    methods = {b.name: candidate_of(b) for b in config.baselines}
     for i, candidate in enumerate(SearchSpace.of(config.space, shape, plugins).corners()):
-        methods[f"search {i}"] = (dict(candidate.components), candidate.keep_ratios)
+        methods[f"search {i}"] = candidate
     assert scheduler.budgets == budgets(config.budget, scheduler.dense_cost)
-    for name, (refs, keep) in methods.items():
-        parts = plugins.components(refs["scorer"], refs["aggregator"], refs["cascade"])
+    for name, candidate in methods.items():
+        parts = plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
         if parts.cascade.needs_model:
             continue
         for budget in scheduler.budgets:
-            macs = cost(scheduler.plan(refs, keep, budget), parts).macs
+            macs = cost(scheduler.plan(candidate, budget), parts).macs
             assert 0.97 * budget.max_macs < macs <= budget.max_macs, f"{name} at {budget.label}"
 
 

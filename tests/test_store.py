@@ -140,6 +140,20 @@ def test_resume_refuses_another_configuration(store, changes, key):
     assert (store.path / "config.resolved.yaml").read_text() == before
 
 
+def test_resume_takes_a_run_from_before_the_average_had_options(tmp_path):
+    before = RunStore.create(tmp_path / "run", config(train={"epochs": 1, "ema": 0.999}), {})
+    path = before.path / "config.resolved.yaml"
+    written = path.read_text()
+    mapping = "  ema:\n    decay: 0.999\n    ramp: false\n    every: step\n"
+    assert mapping in written
+    path.write_text(written.replace(mapping, "  ema: 0.999\n").replace("    cutmix_fold: false\n", ""))
+    assert "cutmix_fold" not in path.read_text()
+    RunStore.resume(before.path, config(train={"epochs": 1, "ema": {"decay": 0.999}}))
+    assert path.read_text() == written
+    with pytest.raises(RunError, match=r"train\.ema\.every: 'step', now it is 'epoch'"):
+        RunStore.resume(before.path, config(train={"epochs": 1, "ema": {"decay": 0.999, "every": "epoch"}}))
+
+
 def test_resume_names_the_entry_of_a_list(tmp_path):
     store = RunStore.create(tmp_path / "run", config(baselines=[{"name": "a", "scorer": "random"}]), {})
     with pytest.raises(RunError, match=r"baselines\[0\]\.scorer\[0\]\.name: 'random', now it is 'joint'"):

@@ -11,12 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from tiny import tiny_config
 
+from ucc_search.builtin.distillers import Logits
 from ucc_search.compression import compress, shape_of
-from ucc_search.config import AugmentConfig, DataConfig, TrainConfig
+from ucc_search.config import (
+    AugmentConfig,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    dump_config,
+    load_config,
+)
 from ucc_search.data import load_data, training_batches
 from ucc_search.errors import ConfigError
-from ucc_search.losses import TaskLoss
+from ucc_search.interfaces import DistillContext
+from ucc_search.losses import CandidateLoss, TaskLoss
+from ucc_search.models import build_model
 from ucc_search.plan import CompressionPlan
 from ucc_search.train import (
     TrainingError,
@@ -56,6 +67,19 @@ def config(**changes):
 
 def losses(seed=0, worker=None, **changes):
     return fit(loss_module(seed), digits().train, config(**changes), seed=seed, worker=worker).losses
+
+
+class Subset:
+    """The first images of a data set."""
+
+    def __init__(self, images, count):
+        self.images, self.count = images, count
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, indices, *, train=False):
+        return self.images.batch(indices, train=train)
 
 
 # Engines
@@ -186,6 +210,36 @@ def test_the_average_follows_the_weights():
     assert fit(loss_module(), digits().train, config(steps=1), seed=0).averaged is None
 
 
+@pytest.mark.parametrize("ramp", [False, True])
+@pytest.mark.parametrize(
+    ("every", "updates"),
+    [("step", [1, 2, 3, 4, 5]), ("epoch", [2, 4, 5])],  # two steps to an epoch, and the run ends within one
+)
+def test_the_average_is_that_of_a_loop_written_out(ramp, every, updates):
+    module, decay, seen = loss_module(), 0.3, {}  # reached by the ramp at its third update
+    weight, images = module.model.head.weight, Subset(digits().train, 70)
+
+    def remember(step, total, loss):
+        seen[step] = weight.detach().clone()
+
+    ema = {"decay": decay, "ramp": ramp, "every": every}
+    result = fit(module, images, config(steps=5, ema=ema), seed=0, after_step=remember)
+    expected = seen[updates[0]]
+    for n, step in enumerate(updates[1:], start=2):
+        d = min(decay, (1 + n) / (10 + n)) if ramp else decay
+        expected = d * expected + (1 - d) * seen[step]
+    torch.testing.assert_close(result.averaged.head.weight, expected)
+
+
+@pytest.mark.parametrize(("steps", "updates"), [(1, 1), (4, 2), (5, 3)])
+def test_the_average_is_complete_however_the_run_ends(steps, updates, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.optim.swa_utils.AveragedModel, "update_parameters", lambda *_: done.append(1))
+    ema = {"decay": 0.9, "every": "epoch"}
+    fit(loss_module(), Subset(digits().train, 70), config(steps=steps, ema=ema), seed=0)
+    assert len(done) == updates  # an epoch's end that is the run's end counts once
+
+
 def test_callbacks_see_every_step():
     progress, steps = [], []
     result = fit(
@@ -225,7 +279,60 @@ def test_mixing_reaches_the_loss(kind):
     assert mixed.item() != module(images, labels, 0.0)["task"].item()
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_folded_cutmix_keeps_the_larger_share_of_every_image(fold):
+    augment = AugmentConfig(cutmix=0.5, cutmix_fold=fold)
+    mixing = TaskLoss(dense(), classes=4, label_smoothing=0.0, augment=augment)
+    labels = torch.arange(4)
+    images = labels[:, None, None, None].expand(4, 1, 32, 32).float()
+    torch.manual_seed(0)
+    own = []
+    for _ in range(300):
+        mixed, targets = mixing._mixed(images, labels)
+        own.append(targets.diagonal().min().item())
+        assert targets.sum(dim=1) == pytest.approx(1.0)
+        # The label's weight is the share of the image's pixels that are its own.
+        torch.testing.assert_close((mixed == images).float().mean(dim=(1, 2, 3)), targets.diagonal())
+    assert max(own) == 1.0
+    assert (min(own) >= 0.5) == fold
+    assert min(own) < 0.6  # the fold is at a half, and large boxes do occur
+
+
+def test_drop_path_reaches_the_student_and_spares_the_teacher():
+    arguments = {"img_size": 8, "stem_channels": [4], "stem_strides": [2], "embed_dim": 24, "depth": 4}
+    settings = ModelConfig(name="small_vit", args={**arguments, "num_heads": 3, "drop_path_rate": 0.1})
+    teacher = build_model(settings, classes=10, channels=1).eval()
+    plan = CompressionPlan.identity(shape_of(teacher)).replace(
+        tokens_out=[16, 9, 4, 4], head_tokens_only=True
+    )
+    student = compress(teacher, plan)
+    kinds = [type(block).__name__ for block in student.blocks]
+    assert kinds == ["Block", "CompressedBlock", "CompressedBlock", "CompressedBlock"]
+    for block, rate in zip(student.blocks, (0.0, 0.1 / 3, 0.2 / 3, 0.1), strict=True):
+        for path in (block.drop_path1, block.drop_path2):
+            assert getattr(path, "drop_prob", 0.0) == pytest.approx(rate)
+
+    images, labels = digits().train.batch(torch.arange(64))
+    rule = {"label_smoothing": 0.0, "augment": AugmentConfig()}
+    module = CandidateLoss(student, teacher, Logits(), DistillContext(plan, shape_of(teacher)), **rule)
+    module.train()
+    first, second = (module(images, labels, 0.0)["task"] for _ in range(2))
+    assert first != second
+    assert torch.equal(module._teach(images).logits_BC, module._teach(images).logits_BC)
+    module.eval()
+    assert module(images, labels, 0.0)["task"] == module(images, labels, 0.0)["task"]
+
+
 # Settings
+
+
+def test_the_average_is_a_decay_or_more(tmp_path):
+    assert config(ema=0.9).ema == config(ema={"decay": 0.9, "ramp": False, "every": "step"}).ema
+    path = tmp_path / "space.yaml"
+    for ema in (None, 0.999, {"decay": 0.999, "ramp": True, "every": "epoch"}):
+        whole = tiny_config(train={"ema": ema, "augment": {"cutmix": 0.5, "cutmix_fold": True}})
+        path.write_text(dump_config(whole), encoding="utf-8")
+        assert load_config(path) == whole
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor():

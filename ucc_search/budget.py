@@ -1,4 +1,4 @@
-"""Budgets, and the projection of a schedule onto them: whole tokens, never over, nothing left unused."""
+"""Budgets, and the projection of a plan onto them: whole units, never over, nothing left unused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ucc_search.errors import BudgetError
 from ucc_search.interfaces import Components
 from ucc_search.plan import CompressionPlan
 from ucc_search.units import format_macs, format_params, parse_amount
+from ucc_search.widths import Ratios, Widths
 
 Profile = Callable[[float], Sequence[float]]
 
@@ -71,48 +72,75 @@ def _limit(value: str | float, dense: int, key: str) -> int:
 
 
 def project(
-    plan: CompressionPlan, profile: Profile, budget: Budget, components: Components
+    plan: CompressionPlan,
+    profile: Profile,
+    budget: Budget,
+    components: Components,
+    widths: Widths | None = None,
+    ratios: Ratios | None = None,
 ) -> CompressionPlan:
-    """The largest plan of a family of token schedules that meets the budget, filled to the last token.
+    """The largest plan of a family that meets the budget, filled to the last token.
 
-    The strength is bisected to where the rounded schedule first fits. What is left of the budget is
-    then spent token by token, in the order in which the family itself would give tokens back, until
-    no block, and no run of equal blocks, can take one more. The result is a pure function of its
-    arguments; a larger budget never gives a cheaper plan, and projecting the result's own ratios
-    again gives the result.
+    One strength moves tokens and widths together. It is bisected to where the rounded plan first
+    fits. What is left of the budget is then spent on single steps of width, those that keep least
+    first, and after them token by token, in the order in which the family itself would give tokens
+    back, until nothing fits any more. The result is a pure function of its arguments; a larger
+    budget never gives a cheaper plan, and projecting the result's own ratios again gives the result.
 
     Args:
-        plan: everything but the tokens.
+        plan: everything but tokens and widths.
         profile: real-valued tokens after each block for a strength from 0 to 1, non-increasing.
+        widths: what may become narrower; None leaves all widths.
+        ratios: the proposed widths (see `Widths.at`).
 
     Raises:
-        BudgetError: even the strongest schedule is too expensive.
+        BudgetError: even the strongest plan is too expensive.
     """
 
     def at(strength: float) -> CompressionPlan:
-        return with_tokens(plan, whole_tokens(profile(strength), plan.shape.tokens))
+        narrow = widths.at(plan, ratios, strength) if widths else plan
+        return with_tokens(narrow, whole_tokens(profile(strength), plan.shape.tokens))
 
     def fits(candidate: CompressionPlan) -> bool:
         return budget.holds(cost(candidate, components))
 
     strongest = at(1.0)
     if not fits(strongest):
-        raise unreachable(budget, cost(strongest, components), cost(CompressionPlan.identity(plan.shape)))
-    dense = at(0.0)
-    if fits(dense):
-        return dense
+        dense = cost(CompressionPlan.identity(plan.shape))
+        raise unreachable(budget, cost(strongest, components), dense, narrows=bool(widths))
+    weakest = at(0.0)
+    if fits(weakest):
+        return weakest
     low, high = 0.0, 1.0  # `low` does not fit, `high` does
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(at(middle)) else (middle, high)
-    return _fill(at(high), profile(high), fits)
+    found = at(high)
+    if widths:
+        found = _widen(found, widths, fits)
+    return _fill(found, profile(high), fits)
+
+
+def _widen(plan: CompressionPlan, widths: Widths, fits: Callable[[CompressionPlan], bool]) -> CompressionPlan:
+    """Single steps of width, as long as one fits."""
+    while True:
+        wider = (with_tokens(p, plan.tokens) for p in widths.grown(plan))
+        candidate = next((p for p in wider if p != plan and fits(p)), None)
+        if candidate is None:
+            return plan
+        plan = candidate
 
 
 def with_tokens(plan: CompressionPlan, tokens: Sequence[int]) -> CompressionPlan:
-    """The plan with these tokens; where nothing reads the last block's patches, it cuts none."""
-    if plan.head_tokens_only and len(tokens) > 1:
-        tokens = [*tokens[:-1], tokens[-2]]
-    return plan.replace(tokens_out=list(tokens))
+    """The plan with these tokens; none are cut where nothing scores them or nothing reads them after."""
+    if plan.shape.stages:
+        return plan  # a pyramid's tokens are never cut
+    counts, left, head_block = [], plan.shape.tokens, plan.head_block
+    for i, (block, count) in enumerate(zip(plan.blocks, tokens, strict=True)):
+        if block.attention and (head_block is None or i < head_block):
+            left = count
+        counts.append(left)
+    return plan.replace(tokens_out=counts)
 
 
 def whole_tokens(real: Sequence[float], most: int) -> list[int]:
@@ -132,7 +160,7 @@ def _fill(
     A token goes to one block, or to a whole run of blocks that keep equally many: in the first case
     the run is split, and scoring at the new cut may cost more than the token itself.
     """
-    last = plan.shape.depth - (1 if plan.head_tokens_only else 0)
+    last = plan.shape.depth
     grew = True
     while grew:
         grew = False
@@ -158,19 +186,22 @@ def _one_more(plan: CompressionPlan, first: int, end: int) -> CompressionPlan | 
     tokens = list(plan.tokens)
     if tokens[first] >= (tokens[first - 1] if first else plan.shape.tokens):
         return None
-    return with_tokens(plan, [n + 1 if first <= i < end else n for i, n in enumerate(tokens)])
+    more = with_tokens(plan, [n + 1 if first <= i < end else n for i, n in enumerate(tokens)])
+    return more if more.tokens != plan.tokens else None
 
 
-def unreachable(budget: Budget, smallest: Cost, dense: Cost) -> BudgetError:
+def unreachable(budget: Budget, smallest: Cost, dense: Cost, *, narrows: bool) -> BudgetError:
     """Names the reachable range and what to do."""
     if budget.max_params is not None and smallest.params > budget.max_params:
+        advice = "or lower the bounds of space.widths" if narrows else "as pruning tokens removes none"
         return BudgetError(
             f"budget {budget.label}: {format_params(budget.max_params)} is below the smallest plan's "
-            f"{format_params(smallest.params)}; pruning tokens removes no parameters, raise budget.params"
+            f"{format_params(smallest.params)}; raise budget.params, {advice}"
         )
     share = 100 * smallest.macs / dense.macs
     return BudgetError(
         f"budget {budget.label}: {format_macs(budget.max_macs or 0)} is below the smallest plan's "
         f"{format_macs(smallest.macs)}; reachable are {share:.1f}% to 100% of {format_macs(dense.macs)}; "
         "raise the budget or lower space.keep_ratio.low"
+        + (" or the bounds of space.widths" if narrows else "")
     )

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
 from ucc_search.analysis import aggregate_seeds, quality, usable
 from ucc_search.budget import Budget
-from ucc_search.config import RunConfig
-from ucc_search.costs import cost
+from ucc_search.config import Baseline, RunConfig
+from ucc_search.costs import cost, saved_macs
 from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
-from ucc_search.schedule import Scheduler, components_of
+from ucc_search.schedule import Scheduler, candidate_of
 from ucc_search.space import KINDS, Candidate, SearchSpace
 from ucc_search.store import RunStore, TrialRow, plan_key
 
@@ -109,13 +109,14 @@ class Campaign:
     def _baselines(self, rung: str) -> Iterator[Job]:
         done = {(r.method, r.target, r.rung, r.seed) for r in self._rows}
         for baseline in self.config.baselines:
-            refs = components_of(baseline)
+            candidate = candidate_of(baseline)
             for budget in self.scheduler.budgets:
                 seeds = self.config.search.seeds if rung == "train" else (self.config.search.seed,)
                 missing = [s for s in seeds if (baseline.name, budget.label, rung, s) not in done]
                 if missing:
-                    plan = self.scheduler.plan(refs, None, budget)
+                    plan = self.scheduler.plan(candidate, budget)
                 for seed in missing:
+                    refs = candidate.components
                     yield self._job(rung, "baseline", baseline.name, budget, seed, plan, refs, {})
 
     def _proposals(self, rung: str) -> Iterator[Job]:
@@ -133,18 +134,18 @@ class Campaign:
         for _ in range(_REPROPOSE):
             params = self._proposers[budget.label].propose()
             candidate = self.space.decode(params)
-            plan = self.scheduler.plan(candidate.components, candidate.keep_ratios, budget)
+            plan = self.scheduler.plan(candidate, budget)
             signature = _signature(plan_key(plan), _dicts(candidate.components)) + budget.label
             if signature not in self._seen and self._spends(budget, candidate, plan):
                 break
         self._seen.add(signature)
-        return Candidate(self.space.at_plan(params, plan), candidate.components, candidate.keep_ratios), plan
+        return replace(candidate, params=self.space.at_plan(params, plan)), plan
 
     def _spends(self, budget: Budget, candidate: Candidate, plan: CompressionPlan) -> bool:
         """Whether the plan uses the budget up; few tokens in few blocks make a coarse lattice."""
         parts = self.plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
         return budget.max_macs is None or cost(plan, parts).macs >= _SPENT * min(
-            budget.max_macs, cost(self.scheduler.base, parts).macs
+            budget.max_macs, cost(self.scheduler.largest(candidate), parts).macs
         )
 
     def _dense(self) -> Iterator[Job]:
@@ -207,6 +208,7 @@ class Campaign:
     def _row(self, job: Job, outcome: Mapping[str, Any]) -> TrialRow:
         parts = self.plugins.components(*(job.components[k] for k in INFERENCE_KINDS))
         price = cost(job.plan, parts)
+        narrowed = any(saved_macs(job.plan, parts)[k] for k in ("widths", "depth"))
         return TrialRow(
             id=job.id,
             state=outcome["state"],
@@ -233,6 +235,8 @@ class Campaign:
             aggregator=job.components["aggregator"].name,
             cascade=job.components["cascade"].name,
             distiller=job.components["distiller"].name,
+            importance=job.components["importance"].name if narrowed else "",
+            saved_by={k: v / self.scheduler.dense_cost.macs for k, v in saved_macs(job.plan, parts).items()},
             components=_dicts(job.components),
             identities={kind: self.plugins.identity(kind, job.components[kind].name) for kind in KINDS},
             params_searched=dict(job.params),
@@ -300,7 +304,9 @@ def _dicts(refs: Mapping[str, ComponentRef]) -> dict[str, Any]:
 
 
 def _refs(components: Mapping[str, Any]) -> dict[str, ComponentRef]:
-    return {kind: ComponentRef.from_dict(value) for kind, value in components.items()}
+    found = {kind: ComponentRef.from_dict(value) for kind, value in components.items()}
+    # Runs from before widths were pruned name no importance, and need none.
+    return {"importance": Baseline.model_fields["importance"].default[0], **found}
 
 
 def _signature(key: str, components: Mapping[str, Any]) -> str:

@@ -74,6 +74,42 @@ class KeepRatio(_Frozen):
         return self
 
 
+class WidthRange(_Frozen):
+    """Fraction of the units that is kept: the budget decides between `low` and all of them.
+
+    The search proposes one number per block (one in all for `embed` and `depth`) between `low` and
+    `high`; projection moves it.
+    """
+
+    low: float = Field(0.25, gt=0.0, le=1.0)
+    high: float = Field(1.0, gt=0.0, le=1.0)
+    multiple: int | None = Field(None, ge=1)
+    """Widths are multiples of this; by default 8, for channels per head 4, for heads 1."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> WidthRange:
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low} and high is {self.high}, expected low < high")
+        return self
+
+
+Width = Annotated[float, Field(gt=0.0, le=1.0)] | WidthRange
+
+
+class WidthsConfig(_Frozen):
+    """Structural pruning (UP-ViT): what may become narrower. A number is fixed, a range follows the budget."""
+
+    embed: Width = 1.0
+    """Embedding channels, the same in all layers (of a stage)."""
+    heads: Width = 1.0
+    attention: Width = 1.0
+    """Channels per head, of queries, keys and values alike."""
+    mlp: Width = 1.0
+    """Hidden units."""
+    depth: Width = 1.0
+    """Blocks; the least important half-steps leave first."""
+
+
 def _component_list(value: Any) -> Any:
     entries = value if isinstance(value, list | tuple) else [value]
     if not entries:
@@ -106,6 +142,8 @@ class ComponentChoices(_Frozen):
     aggregator: Choices = (ComponentRef("host"),)
     cascade: Choices = (ComponentRef("per_block"),)
     distiller: Choices = (ComponentRef("two_level"),)
+    importance: Choices = (ComponentRef("fisher"),)
+    """Which units narrower models keep."""
 
 
 class SpaceConfig(ComponentChoices):
@@ -114,6 +152,9 @@ class SpaceConfig(ComponentChoices):
     keep_ratio: KeepRatio = KeepRatio()
     head_tokens_only: bool = True
     """Spare the last block's work on tokens the head does not read (exact; see the plan)."""
+    widths: WidthsConfig = WidthsConfig()
+    fewer_heads: Literal["fuse", "remove"] = "fuse"
+    """New heads take the best channels of several old ones (UP-ViT), or the least important heads leave."""
 
 
 class Baseline(ComponentChoices):
@@ -124,10 +165,13 @@ class Baseline(ComponentChoices):
     aggregator: Choices = (ComponentRef("drop"),)
     cascade: Choices = (ComponentRef("geometric"),)
     distiller: Choices = (ComponentRef("logits"),)
+    importance: Choices = (ComponentRef("fisher"),)
+    widths: WidthsConfig = WidthsConfig()
+    """Ranges follow the budget together: all at the same share of their way to `low`."""
 
     @model_validator(mode="after")
     def _fixed(self) -> Baseline:
-        for kind in ("scorer", "aggregator", "cascade", "distiller"):
+        for kind in ("scorer", "aggregator", "cascade", "distiller", "importance"):
             refs = getattr(self, kind)
             searched = [k for ref in refs for k, v in ref.params.items() if isinstance(v, Mapping)]
             if len(refs) > 1 or searched:
@@ -158,6 +202,8 @@ class DataConfig(_Frozen):
     """Share of the training split that is held out for selection, never trained on."""
     calibration: int = Field(1000, ge=1)
     """Images of the selection split used by zero-shot evaluation and calibrated schedules."""
+    proxy: int = Field(1000, ge=1)
+    """Images of the training split, equally many of each class, on which importance is measured."""
     image_size: int | None = Field(None, ge=1)
     limit_train: int | None = Field(None, ge=1)
     loader_workers: int = Field(0, ge=0)
@@ -191,6 +237,15 @@ class AugmentConfig(_Frozen):
     erase: float = Field(0.0, ge=0.0, le=1.0)
     mixup: float = Field(0.0, ge=0.0)
     cutmix: float = Field(0.0, ge=0.0)
+    cutmix_fold: bool = False
+    """CutMix keeps the larger share: lambda becomes max(lambda, 1 - lambda), so that the pasted box never
+    covers more than half of an image (UP-ViT, arXiv:2111.15127)."""
+
+    @model_validator(mode="after")
+    def _folds_something(self) -> AugmentConfig:
+        if self.cutmix_fold and not self.cutmix:
+            raise ValueError("cutmix_fold needs cutmix above 0 (the parameter of its Beta distribution)")
+        return self
 
 
 class AnnealConfig(_Frozen):
@@ -204,6 +259,25 @@ class AnnealConfig(_Frozen):
         if self.start > self.end:
             raise ValueError(f"start is {self.start} and end is {self.end}, expected start <= end")
         return self
+
+
+class EmaConfig(_Frozen):
+    """An exponential moving average of the weights: average = d * average + (1 - d) * weights.
+
+    A number alone is the decay. The first update copies the weights.
+    """
+
+    decay: float = Field(gt=0.0, lt=1.0)
+    ramp: bool = False
+    """At the n-th update (from 1), d is min(decay, (1 + n) / (10 + n)), which soon forgets the first weights."""
+    every: Literal["step", "epoch"] = "step"
+    """What an update follows: an optimiser step, or a pass over the training images (and the last step).
+    UP-ViT (arXiv:2111.15127) has decay 0.999, ramped, every epoch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        return data if isinstance(data, Mapping | cls) else {"decay": data}
 
 
 class TrainConfig(_Frozen):
@@ -227,8 +301,8 @@ class TrainConfig(_Frozen):
     anneal: AnnealConfig | None = None
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     clip_grad: float | None = Field(None, gt=0.0)
-    ema: float | None = Field(None, gt=0.0, lt=1.0)
-    """Decay of an exponential moving average of the weights, which is then what is evaluated."""
+    ema: EmaConfig | None = None
+    """A moving average of the weights, which is then what is evaluated."""
 
     @model_validator(mode="after")
     def _length(self) -> TrainConfig:
@@ -244,12 +318,16 @@ class TrainConfig(_Frozen):
             )
         return self
 
+    def epoch_steps(self, images: int) -> int:
+        """Optimiser steps of one pass over a training split of this many images."""
+        return images // self.batch_size or 1
+
     def total_steps(self, images: int) -> int:
         """Optimiser steps of the whole run over a training split of this many images."""
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return max(1, math.ceil(self.epochs * (images // self.batch_size or 1)))
+        return max(1, math.ceil(self.epochs * self.epoch_steps(images)))
 
 
 class SearchConfig(_Frozen):

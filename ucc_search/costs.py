@@ -7,6 +7,9 @@ declare. Norms, softmax, GELU, sorting and gathering are not counted, as everywh
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,18 +57,19 @@ def cost(plan: CompressionPlan, components: Components | None = None) -> Cost:
     from ucc_search.builtin import default_components
 
     parts = components or default_components()
-    shape, dim = plan.shape, plan.embed_dim
-    stem_macs, stem_params = shape.stem.at(dim)
-    head_macs, head_params = shape.head.at(dim)
+    shape = plan.shape
+    stem_macs, stem_params = stem_cost(plan)
+    head_macs, head_params = shape.head.at(plan.embed_dim)
     head_macs += shape.pool_macs_per_token * plan.tokens[-1]
     attention = mlp = params = scorer = aggregator = 0
-    last = shape.depth - 1
+    head_block, tokens_in, stage_of = plan.head_block, plan.tokens_in, shape.stage_of
     for i, (block, full) in enumerate(zip(plan.blocks, shape.blocks, strict=True)):
-        n_in = shape.prefix_tokens + plan.tokens_in[i]
-        only_head = plan.head_tokens_only and i == last
+        dim = plan.embed_dims[stage_of[i]]
+        n_in = shape.prefix_tokens + tokens_in[i]
+        only_head = i == head_block
         queries = shape.head_tokens if only_head else n_in
         n_out = shape.head_tokens if only_head else shape.prefix_tokens + block.tokens_out
-        attention += attention_macs(block, dim, tokens=n_in, queries=queries)
+        attention += attention_macs(block, full, dim, tokens=n_in, queries=queries)
         mlp += mlp_macs(block, full, dim, tokens=n_out)
         params += block_params(block, full, dim)
     for site in parts.sites(plan):
@@ -75,15 +79,31 @@ def cost(plan: CompressionPlan, components: Components | None = None) -> Cost:
     return Cost(stem_macs, attention, mlp, scorer, aggregator, head_macs, stem_params + head_params + params)
 
 
-def attention_macs(block: BlockPlan, dim: int, *, tokens: int, queries: int) -> int:
-    """MACs of one attention layer; `tokens` are keys and values, prefix tokens included."""
+def stem_cost(plan: CompressionPlan) -> tuple[int, int]:
+    """(MACs, parameters) of the patch embedding; in a pyramid of all of them, with the stages' norms."""
+    shape = plan.shape
+    macs, params = shape.stem.at(plan.embed_dim)
+    before = shape.channels
+    for stage, dim in zip(shape.stages, plan.embed_dims, strict=False):
+        macs += stage.tokens * stage.patch * before * dim
+        params += stage.patch * before * dim + 5 * dim  # bias, the embedding's norm, the stage's norm
+        before = dim
+    return macs, params
+
+
+def attention_macs(block: BlockPlan, full: BlockShape, dim: int, *, tokens: int, queries: int) -> int:
+    """MACs of one attention layer; `tokens` arrive, prefix tokens included."""
     if not block.attention:
         return 0
+    keys, reduce = tokens, 0
+    if full.kv_reduction > 1:
+        keys = full.kv_tokens
+        reduce = keys * full.kv_reduction**2 * dim * dim
     query = queries * dim * block.heads * block.qk_dim
-    key_value = tokens * dim * block.heads * (block.qk_dim + block.v_dim)
-    attend = queries * tokens * block.heads * (block.qk_dim + block.v_dim)
+    key_value = keys * dim * block.heads * (block.qk_dim + block.v_dim)
+    attend = queries * keys * block.heads * (block.qk_dim + block.v_dim)
     project = queries * block.heads * block.v_dim * dim
-    return query + key_value + attend + project
+    return reduce + query + key_value + attend + project
 
 
 def mlp_macs(block: BlockPlan, full: BlockShape, dim: int, *, tokens: int) -> int:
@@ -91,7 +111,7 @@ def mlp_macs(block: BlockPlan, full: BlockShape, dim: int, *, tokens: int) -> in
     if not block.mlp:
         return 0
     matrix = dim * block.mlp_hidden if block.mlp_rank is None else block.mlp_rank * (dim + block.mlp_hidden)
-    return tokens * full.mlp_matrices * matrix
+    return tokens * (full.mlp_matrices * matrix + full.mlp_kernel * block.mlp_hidden)
 
 
 def block_params(block: BlockPlan, full: BlockShape, dim: int) -> int:
@@ -105,10 +125,55 @@ def block_params(block: BlockPlan, full: BlockShape, dim: int) -> int:
         params += qkv * dim + (qkv if full.qkv_bias else 0)
         params += full.qk_norm_vectors * block.qk_dim + full.attn_norm_vectors * out
         params += out * dim + (dim if full.proj_bias else 0)
+        if full.kv_reduction > 1:
+            params += full.kv_reduction**2 * dim * dim + 3 * dim  # with bias and norm
     if block.mlp:
         hidden, rank = block.mlp_hidden, block.mlp_rank
         params += half_vectors * dim
         params += full.mlp_matrices * (dim * hidden if rank is None else rank * (dim + hidden))
         params += ((full.mlp_matrices - 1) * hidden + dim) if full.mlp_bias else 0
         params += full.mlp_norm_vectors * hidden
+        params += (full.mlp_kernel + 1) * hidden if full.mlp_kernel else 0
     return params
+
+
+_METHODS = {
+    "tokens": ("tokens_out",),
+    "widths": ("embed_dims", "heads", "qk_dim", "v_dim", "mlp_hidden"),
+    "depth": ("attention", "mlp"),
+    "ranks": ("mlp_rank",),
+    "unread": ("head_tokens_only",),
+}
+"""The fields of a plan by the method that changes them."""
+
+
+def saved_macs(plan: CompressionPlan, components: Components) -> dict[str, float]:
+    """How many of the saved MACs each method took: its Shapley value over the order of application.
+
+    Cutting tokens saves less of a narrow model than of a wide one, so no single order is fair; the
+    mean over all orders is, and its parts sum to what is saved.
+
+    Returns:
+        MACs by method: tokens, widths, depth, ranks, and unread (the last block's work on tokens
+        that nothing reads). What scoring and merging cost is charged to the tokens.
+    """
+    dense = CompressionPlan.identity(plan.shape)
+    used = [m for m, fields in _METHODS.items() if _taken(dense, plan, fields) != dense]
+    price: dict[frozenset[str], int] = {}
+    for size in range(len(used) + 1):
+        for group in map(frozenset, itertools.combinations(used, size)):
+            fields = [f for m in group for f in _METHODS[m]]
+            price[group] = cost(_taken(dense, plan, fields), components).macs
+    saved = dict.fromkeys(_METHODS, 0.0)
+    for order in itertools.permutations(used):
+        for place, method in enumerate(order):
+            before, after = frozenset(order[:place]), frozenset(order[: place + 1])
+            saved[method] += (price[before] - price[after]) / math.factorial(len(used))
+    return saved
+
+
+def _taken(dense: CompressionPlan, plan: CompressionPlan, fields: Sequence[str]) -> CompressionPlan:
+    """The dense plan with these fields of another."""
+    whole = {f: getattr(plan, f) for f in fields if f in ("embed_dims", "head_tokens_only")}
+    blocks = {f: [getattr(b, f) for b in plan.blocks] for f in fields if f not in whole}
+    return dense.replace(**whole, **blocks)

@@ -25,6 +25,8 @@ _NAMES = ("digits", "fashion-mnist", "folder:PATH", "torchvision:NAME", "hf:NAME
 class ImageSet(Protocol):
     """Images that come as normalised float tensors."""
 
+    labels_B: Tensor
+
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor, *, train: bool = False) -> tuple[Tensor, Tensor]:
@@ -70,8 +72,15 @@ class DecodedImages:
     """
 
     def __init__(
-        self, dataset: Any, indices: Tensor, train_transform: Any, test_transform: Any, workers: int
-    ):
+        self,
+        dataset: Any,
+        indices: Tensor,
+        labels: Tensor,
+        train_transform: Any,
+        test_transform: Any,
+        workers: int,
+    ) -> None:
+        self.labels_B = labels[indices]
         self._dataset, self._indices, self._workers = dataset, indices, workers
         self._transforms = {True: train_transform, False: test_transform}
 
@@ -122,6 +131,20 @@ def calibration_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The first `images` of the selection split, in order."""
     yield from ordered_batches(splits.select, batch_size, limit=images)
+
+
+def proxy_batches(splits: Splits, images: int, *, batch_size: int = 125) -> list[Tensor]:
+    """Training images to measure importance on, [B, C, H, W]: equally many of each class, drawn once for all."""
+    generator, labels = torch.Generator().manual_seed(_SPLIT_SEED), splits.train.labels_B
+    per_class = max(1, images // splits.classes)
+    chosen = []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
+    # Mixed, so that every batch holds all classes.
+    index = torch.cat(chosen)
+    index = index[torch.randperm(len(index), generator=generator)]
+    return [splits.train.batch(part)[0] for part in index.split(batch_size)]
 
 
 def ordered_batches(

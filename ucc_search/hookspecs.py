@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import pluggy
 
-from ucc_search.interfaces import Aggregator, Cascade, Distiller, Scorer
+from ucc_search.interfaces import Aggregator, Cascade, Distiller, Importance, Scorer
 
 PROJECT = "ucc_search"
 HOOKSPEC_VERSION = 1
@@ -38,3 +38,8 @@ def ucc_cascades() -> Mapping[str, Callable[..., Cascade]]:  # type: ignore[empt
 @hookspec
 def ucc_distillers() -> Mapping[str, Callable[..., Distiller]]:  # type: ignore[empty-body]
     """Distillers: training losses from a teacher."""
+
+
+@hookspec
+def ucc_importances() -> Mapping[str, Callable[..., Importance]]:  # type: ignore[empty-body]
+    """Importance criteria: choose the channels, heads, hidden units and half-blocks that stay."""

@@ -59,7 +59,9 @@ def load(config: DataConfig, kind: str, argument: str, augment: AugmentConfig) -
     size = config.image_size or _DEFAULT_SIZE
     transforms = _transforms(config, size, random_area=not augment.crop_padding)
     parts = ((train, rest[train_index]), (train, rest[select_index]), (test, test_index))
-    first, second, third = (DecodedImages(s.images, i, *transforms, config.loader_workers) for s, i in parts)
+    first, second, third = (
+        DecodedImages(s.images, i, s.labels, *transforms, config.loader_workers) for s, i in parts
+    )
     return Splits(
         first,
         second,

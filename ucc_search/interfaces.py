@@ -10,11 +10,14 @@ names its parameters and checks them. Anything that needs weights or buffers of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from ucc_search.plan import CompressionPlan, ModelShape
+from ucc_search.plan import CompressionPlan, ModelShape, UnitGroup
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -195,12 +198,15 @@ class Outputs(NamedTuple):
 
     logits_BC: Tensor
     blocks: Mapping[int, Features]  # only the blocks the distiller asked for
+    pooled_BD: Tensor | None = None  # what the classifier reads, where the distiller `needs_pooled`
 
 
 class Distiller(Component):
     """Extra training losses from a teacher."""
 
     needs_teacher: ClassVar[bool] = True
+    needs_pooled: ClassVar[bool] = False
+    """True: outputs carry the penultimate feature, which the classifier reads; its width is `embed_dim`."""
 
     def blocks(self, context: DistillContext) -> tuple[Sequence[int], Sequence[int]]:
         """Indices of the student's and the teacher's blocks whose tokens the losses need."""
@@ -215,8 +221,41 @@ class Distiller(Component):
         raise NotImplementedError(f"{type(self).__name__} must define losses(...) or build(context)")
 
 
+class Probe(Protocol):
+    """The uncompressed model and proxy images, as an importance criterion sees them."""
+
+    model: nn.Module
+    shape: ModelShape
+
+    def batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """(images_BCHW, logits_BC of the whole model)."""
+
+    def deletions(self, group: UnitGroup) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+        """(units_K, logits_BC whole, logits_KBC with each of these units deleted), exact; each pair once."""
+
+    def weights(self, group: UnitGroup) -> Sequence[Tensor]:
+        """Matrices [units, weights]: what leaves with each unit; for depth the norms of both halves."""
+
+    def masked(self, masks: Mapping[tuple[str, int], Tensor]) -> AbstractContextManager[None]:
+        """Units of the model multiplied by mask_BU (group kind and index), differentiably, while open."""
+
+
+class Importance(Component):
+    """Says how much would be lost with each unit; those with the highest scores are kept."""
+
+    needs_images: ClassVar[bool] = True
+
+    def build(self, probe: Probe) -> Callable[[UnitGroup], Tensor]:
+        """What scores the groups, one after another; work for all of them is done here."""
+        return functools.partial(self.score, probe)
+
+    def score(self, probe: Probe, group: UnitGroup) -> Tensor:
+        """scores_U, finite, larger is kept."""
+        raise NotImplementedError(f"{type(self).__name__} must define score(probe, group) or build(probe)")
+
+
 INFERENCE_KINDS = ("scorer", "aggregator", "cascade")
-"""The components that a model needs to run; a distiller is needed to train it alone."""
+"""The components that a model needs to run; the others are needed to make and train it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +264,11 @@ class ComponentRef:
 
     name: str
     params: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Canonical text: equal for equal components."""
+        return json.dumps(self.to_dict(), sort_keys=True, default=str)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **self.params}
@@ -249,10 +293,11 @@ class Components:
         last_cut = max((i for i, n in enumerate(plan.tokens) if n < plan.tokens_in[i]), default=-1)
         sites = []
         for i, block in enumerate(plan.blocks):
-            if plan.head_tokens_only and i == shape.depth - 1:
+            if i == plan.head_block:
                 break  # nothing reads the patch tokens after this block's attention
             cuts = block.tokens_out < plan.tokens_in[i]
-            if cuts or (self.cascade.score_every_block and self.aggregator.needs_scores and i < last_cut):
+            scores = self.cascade.score_every_block and self.aggregator.needs_scores and block.attention
+            if cuts or (scores and i < last_cut):
                 sites.append(
                     Site(
                         i,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import AbsTransform, AffineTransform, Distribution, TransformedDistribution
 
 from ucc_search.compression.blocks import CascadeBlocks
 from ucc_search.compression.tokens import TokenState
@@ -59,52 +60,74 @@ class CandidateLoss(TaskLoss):
         )
         needed = distiller.blocks(context)
         self._student_blocks, self._teacher_blocks = (frozenset(b) for b in needed)
-        self._prefix = context.teacher.prefix_tokens
+        self._pooled = distiller.needs_pooled
+        self._prefix, self._present = context.teacher.prefix_tokens, context.student.present
         # In a list, so that it is neither trained, saved nor sharded with the student.
         self._teacher = [teacher.eval().requires_grad_(False)] if teacher is not None else []
         self.distiller = distiller.build(context)
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor, progress: float) -> dict[str, Tensor]:
         images_BCHW, targets = self._mixed(images_BCHW, labels_B)
-        with record(self.model, self._student_blocks, self._prefix) as blocks:
-            logits = self.model(images_BCHW)
-        student = Outputs(_one(logits), blocks)
+        student = self._observe(self.model, images_BCHW, self._student_blocks, self._present)
         terms = self.distiller(student, self._teach(images_BCHW), progress)
-        return {"task": self._task(logits, targets), **terms}
+        return {"task": self._task(student.logits_BC, targets), **terms}
 
     def _teach(self, images_BCHW: Tensor) -> Outputs | None:
         if not self._teacher:
             return None
         teacher = self._teacher[0].to(images_BCHW.device)
         dtype = next(teacher.parameters()).dtype
-        with torch.no_grad(), record(teacher, self._teacher_blocks, self._prefix) as blocks:
-            return Outputs(_one(teacher(images_BCHW.to(dtype))), blocks)
+        with torch.no_grad():
+            return self._observe(teacher, images_BCHW.to(dtype), self._teacher_blocks)
+
+    def _observe(
+        self,
+        model: nn.Module,
+        images_BCHW: Tensor,
+        wanted: Collection[int],
+        present: Sequence[int] | None = None,
+    ) -> Outputs:
+        """One forward pass, with what the distiller asked for."""
+        tokens = record(model, wanted, self._prefix, present)
+        with tokens as blocks, record_pooled(model, self._pooled) as pooled:
+            logits = model(images_BCHW)
+        return Outputs(_one(logits), blocks, pooled[0] if pooled else None)
 
 
 @contextlib.contextmanager
-def record(model: nn.Module, wanted: Collection[int], prefix: int) -> Iterator[dict[int, Features]]:
-    """The tokens that the wanted blocks put out while the context is open, by block index."""
+def record(
+    model: nn.Module, wanted: Collection[int], prefix: int, present: Sequence[int] | None = None
+) -> Iterator[dict[int, Features]]:
+    """The tokens that the wanted blocks put out while the context is open, by block index.
+
+    Args:
+        present: indices, in the uncompressed model, of the blocks that the model has; None for all.
+            In place of one that is gone stands the last before it.
+    """
     found: dict[int, Features] = {}
     if not wanted:
         yield found
         return
+    blocks = model.blocks
+    indices = range(len(blocks)) if present is None else present
+    place = {w: max((p for p, i in enumerate(indices) if i <= w), default=0) for w in wanted}
     states: list[TokenState | None] = [None]
 
-    def keep(index: int) -> object:
+    def keep(here: int) -> object:
         def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, TokenState]) -> None:
             if isinstance(output, tuple):
                 tokens, states[0] = output
             else:
                 tokens = output
             state = states[0]
-            if index in wanted:
-                position, compose = (None, None) if state is None else (state.position_BN, state.compose_BNO)
+            position, compose = (None, None) if state is None else (state.position_BN, state.compose_BNO)
+            for index in (w for w, p in place.items() if p == here):
                 found[index] = Features(tokens, prefix, position, compose)
 
         return hook
 
-    blocks = model.blocks
-    handles = [b.register_forward_hook(keep(i)) for i, b in enumerate(blocks) if i <= max(wanted)]
+    last = max(place.values())
+    handles = [b.register_forward_hook(keep(p)) for p, b in enumerate(blocks) if p <= last]
     traced = isinstance(blocks, CascadeBlocks)
     if traced:
         blocks.trace = True
@@ -115,6 +138,22 @@ def record(model: nn.Module, wanted: Collection[int], prefix: int) -> Iterator[d
             handle.remove()
         if traced:
             blocks.trace = False
+
+
+@contextlib.contextmanager
+def record_pooled(model: nn.Module, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """What the classifier reads in each forward pass while the context is open; the first, where there are two."""
+    found: list[Tensor] = []
+    if not wanted:
+        yield found
+        return
+    classifier = model.get_classifier()
+    first = classifier[0] if isinstance(classifier, tuple) else classifier
+    handle = first.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0]))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _one(logits: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -129,5 +168,14 @@ def _mixing(augment: AugmentConfig, classes: int) -> nn.Module | None:
     if augment.mixup:
         kinds.append(v2.MixUp(alpha=augment.mixup, num_classes=classes))
     if augment.cutmix:
-        kinds.append(v2.CutMix(alpha=augment.cutmix, num_classes=classes))
+        cutmix = v2.CutMix(alpha=augment.cutmix, num_classes=classes)
+        if augment.cutmix_fold:
+            cutmix._dist = _folded(cutmix._dist)  # torchvision takes only a symmetric Beta
+        kinds.append(cutmix)
     return v2.RandomChoice(kinds) if kinds else None
+
+
+def _folded(shares: Distribution) -> Distribution:
+    """max(s, 1 - s) of a share s from 0 to 1, drawn as 0.5 + |s - 0.5|."""
+    steps = [AffineTransform(-0.5, 1.0), AbsTransform(), AffineTransform(0.5, 1.0)]
+    return TransformedDistribution(shares, steps)

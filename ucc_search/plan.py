@@ -9,7 +9,8 @@ from typing import Any
 
 from ucc_search.errors import PlanError
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
+_OLDER_FORMATS = (1,)  # 1: one embedding width, before models of several stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,24 @@ class BlockShape:
     qk_norm_vectors: int = 0  # vectors of width qk_dim (query and key norms)
     attn_norm_vectors: int = 0  # vectors of width heads * v_dim
     mlp_norm_vectors: int = 0  # vectors of width mlp_hidden
+    kv_reduction: int = 1  # stride of the convolution that shrinks the grid of keys and values (PVT)
+    kv_tokens: int = 0  # tokens on that smaller grid
+    mlp_kernel: int = 0  # weights per hidden channel of a depth-wise convolution in the MLP; 0: none
+
+
+@dataclass(frozen=True, slots=True)
+class UnitGroup:
+    """What can be deleted one at a time: all channels, hidden units or depth steps of one place.
+
+    Kinds: `embed` (channels of a stage's embedding, in all its layers), `attention` (channel j of a
+    block, heads one after another: the same in Q, K, V and the projection), `mlp` (hidden units of a
+    block) and `depth` (half-steps: unit 2 i is block i, unit 2 i + 1 the MLP of block i with the
+    attention of block i + 1; in a pyramid unit i is block i).
+    """
+
+    kind: str
+    index: int  # of the stage or the block; 0 for depth
+    units: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +67,20 @@ class AffineCost:
 
 
 @dataclass(frozen=True, slots=True)
+class StageShape:
+    """One resolution of a pyramid: a patch embedding from the stage before, then blocks, then a norm."""
+
+    grid: tuple[int, int]  # tokens, rows by columns
+    embed_dim: int
+    depth: int
+    patch: int  # weights per pair of channels of the patch embedding: 49 for 7 x 7
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """All that plans and costs need to know of a Vision Transformer, read from the model once."""
 
@@ -58,13 +91,14 @@ class ModelShape:
     grid: tuple[int, int]  # patch tokens, rows by columns
     prefix_tokens: int  # class, distillation and register tokens: never scored, never pruned
     class_token: bool
-    embed_dim: int
+    embed_dim: int  # what the head reads; the last stage's in a pyramid
     pool: str  # token, avg, avgmax, max, map or "" (timm's names)
     head_tokens: int  # leading tokens the head reads alone; 0 where it reads patches
     blocks: tuple[BlockShape, ...]
     stem: AffineCost
     head: AffineCost
     pool_macs_per_token: int = 0  # attention pooling reads every remaining token
+    stages: tuple[StageShape, ...] = ()  # of a pyramid (PVTv2), whose tokens are never cut; else empty
 
     @property
     def tokens(self) -> int:
@@ -72,8 +106,32 @@ class ModelShape:
         return self.grid[0] * self.grid[1]
 
     @property
+    def embed_dims(self) -> tuple[int, ...]:
+        """Embedding width of every stage; a model of one resolution is one stage."""
+        return tuple(s.embed_dim for s in self.stages) or (self.embed_dim,)
+
+    @property
+    def stage_of(self) -> tuple[int, ...]:
+        """The stage each block belongs to."""
+        return tuple(i for i, s in enumerate(self.stages) for _ in range(s.depth)) or (0,) * self.depth
+
+    @property
+    def block_tokens(self) -> tuple[int, ...]:
+        """Patch tokens of every block in the uncompressed model."""
+        return tuple(s.tokens for s in self.stages for _ in range(s.depth)) or (self.tokens,) * self.depth
+
+    @property
     def depth(self) -> int:
         return len(self.blocks)
+
+    def unit_groups(self) -> tuple[UnitGroup, ...]:
+        """Everything that can be deleted, in the order of the model; depth last."""
+        groups = [UnitGroup("embed", i, dim) for i, dim in enumerate(self.embed_dims)]
+        for i, block in enumerate(self.blocks):
+            groups.append(UnitGroup("attention", i, block.heads * block.qk_dim))
+            groups.append(UnitGroup("mlp", i, block.mlp_hidden))
+        steps = self.depth if self.stages else 2 * self.depth - 1
+        return (*groups, UnitGroup("depth", 0, steps))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,6 +146,9 @@ class ModelShape:
                 "blocks": tuple(BlockShape(**b) for b in data["blocks"]),
                 "stem": AffineCost(**data["stem"]),
                 "head": AffineCost(**data["head"]),
+                "stages": tuple(
+                    StageShape(**{**s, "grid": tuple(s["grid"])}) for s in data.get("stages", ())
+                ),
             }
         )
 
@@ -97,17 +158,23 @@ class BlockPlan:
     """One block of the compressed model.
 
     Tokens are reduced between attention and MLP: attention sees what the block before left,
-    the MLP sees `tokens_out` patch tokens (plus the prefix tokens).
+    the MLP sees `tokens_out` patch tokens (plus the prefix tokens). A block without attention has
+    nothing to score by, so it leaves as many tokens as it gets.
     """
 
     tokens_out: int
     heads: int
-    qk_dim: int  # rank of the query-key product per head, once factorised
-    v_dim: int  # rank of the value-output product per head, once factorised
+    qk_dim: int  # query and key channels per head
+    v_dim: int  # value channels per head
     mlp_hidden: int
     mlp_rank: int | None = None  # None: dense MLP matrices
     attention: bool = True  # False: this half-block is removed (depth pruning)
     mlp: bool = True
+
+    @property
+    def present(self) -> bool:
+        """Whether anything of the block is left."""
+        return self.attention or self.mlp
 
 
 _PER_BLOCK = tuple(f.name for f in fields(BlockPlan))
@@ -118,7 +185,8 @@ class CompressionPlan:
     """Integers that fix a compressed model completely, before a weight is touched."""
 
     shape: ModelShape
-    embed_dim: int
+    embed_dims: tuple[int, ...]
+    """Embedding width of every stage; of one resolution there is one."""
     blocks: tuple[BlockPlan, ...]
     head_tokens_only: bool = False
     """Compute the last block's queries, projection and MLP for the tokens the head reads, alone.
@@ -133,18 +201,22 @@ class CompressionPlan:
     def identity(cls, shape: ModelShape) -> CompressionPlan:
         """The plan that changes nothing."""
         blocks = tuple(
-            BlockPlan(shape.tokens, b.heads, b.qk_dim, b.v_dim, b.mlp_hidden) for b in shape.blocks
+            BlockPlan(tokens, b.heads, b.qk_dim, b.v_dim, b.mlp_hidden)
+            for tokens, b in zip(shape.block_tokens, shape.blocks, strict=True)
         )
-        return cls(shape, shape.embed_dim, blocks)
+        return cls(shape, shape.embed_dims, blocks)
 
     def replace(self, **changes: Any) -> CompressionPlan:
         """A copy with some fields changed.
 
         Args:
-            changes: `embed_dim`, `head_tokens_only`, or any field of `BlockPlan`; a block field
-                takes one value for all blocks or a sequence with one value per block.
+            changes: `embed_dim` (of a model of one resolution), `embed_dims` (one per stage),
+                `head_tokens_only`, or any field of `BlockPlan`; a block field takes one value for
+                all blocks or a sequence with one value per block.
         """
-        whole = {k: changes.pop(k) for k in ("embed_dim", "head_tokens_only") if k in changes}
+        whole = {k: changes.pop(k) for k in ("embed_dims", "head_tokens_only") if k in changes}
+        if "embed_dim" in changes:
+            whole["embed_dims"] = (changes.pop("embed_dim"),)
         blocks = list(self.blocks)
         for name, value in changes.items():
             if name not in _PER_BLOCK:
@@ -158,6 +230,11 @@ class CompressionPlan:
         return replace(self, blocks=tuple(blocks), **whole)
 
     @property
+    def embed_dim(self) -> int:
+        """Embedding width that the head reads."""
+        return self.embed_dims[-1]
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """Patch tokens after each block."""
         return tuple(b.tokens_out for b in self.blocks)
@@ -165,13 +242,24 @@ class CompressionPlan:
     @property
     def tokens_in(self) -> tuple[int, ...]:
         """Patch tokens that the attention of each block sees."""
-        return (self.shape.tokens, *self.tokens[:-1])
+        return self.shape.block_tokens if self.shape.stages else (self.shape.tokens, *self.tokens[:-1])
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """Indices of the blocks of which something is left."""
+        return tuple(i for i, b in enumerate(self.blocks) if b.present)
+
+    @property
+    def head_block(self) -> int | None:
+        """The block computed for the tokens the head reads alone: the last that is left; or None."""
+        return self.present[-1] if self.head_tokens_only and self.present else None
 
     @property
     def key(self) -> str:
         """Canonical text of the integers: equal keys are equal architectures."""
         numbers = [[getattr(b, name) for name in _PER_BLOCK] for b in self.blocks]
-        return json.dumps([self.embed_dim, self.head_tokens_only, numbers], separators=(",", ":"))
+        width = self.embed_dims if len(self.embed_dims) > 1 else self.embed_dim
+        return json.dumps([width, self.head_tokens_only, numbers], separators=(",", ":"))
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": PLAN_FORMAT, **asdict(self)}
@@ -181,14 +269,14 @@ class CompressionPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CompressionPlan:
-        if data.get("format") != PLAN_FORMAT:
+        if data.get("format") not in (PLAN_FORMAT, *_OLDER_FORMATS):
             raise PlanError(
                 f"plan format is {data.get('format')!r}, expected {PLAN_FORMAT}; "
                 "write the plan again with this version of ucc-search"
             )
         return cls(
             ModelShape.from_dict(data["shape"]),
-            data["embed_dim"],
+            tuple(data["embed_dims"]) if "embed_dims" in data else (data["embed_dim"],),
             tuple(BlockPlan(**b) for b in data["blocks"]),
             data["head_tokens_only"],
         )
@@ -207,17 +295,63 @@ def _check(plan: CompressionPlan) -> None:
             f"head_tokens_only needs a head that reads the class token, {shape.name} pools by {shape.pool!r}; "
             "leave it False"
         )
-    if not 1 <= plan.embed_dim <= shape.embed_dim:
-        raise PlanError(f"embed_dim is {plan.embed_dim}, expected 1 to {shape.embed_dim}")
-    tokens = shape.tokens
+    _check_embed_dims(plan)
     for i, (block, full) in enumerate(zip(plan.blocks, shape.blocks, strict=True)):
-        if not 1 <= block.tokens_out <= tokens:
+        most = plan.tokens_in[i]
+        if shape.stages and block.tokens_out != most:
             raise PlanError(
-                f"blocks[{i}].tokens_out is {block.tokens_out}, expected 1 to {tokens} "
+                f"blocks[{i}].tokens_out is {block.tokens_out}, expected {most}: {shape.name} reduces its keys by "
+                "convolutions on the whole grid, so its tokens cannot be cut"
+            )
+        if shape.stages and block.attention != block.mlp:
+            raise PlanError(f"blocks[{i}] lacks one half; a pyramid loses whole blocks only")
+        if not block.attention and block.tokens_out != most:
+            raise PlanError(
+                f"blocks[{i}].tokens_out is {block.tokens_out}, expected {most}: a block without attention has "
+                "nothing to score its tokens by"
+            )
+        if not 1 <= block.tokens_out <= most:
+            raise PlanError(
+                f"blocks[{i}].tokens_out is {block.tokens_out}, expected 1 to {most} "
                 "(tokens never grow with depth)"
             )
-        tokens = block.tokens_out
-        for name in ("heads", "qk_dim", "v_dim", "mlp_hidden"):
-            value, most = getattr(block, name), getattr(full, name)
-            if value < 1 or (name != "qk_dim" and name != "v_dim" and value > most):
-                raise PlanError(f"blocks[{i}].{name} is {value}, expected 1 to {most}")
+        _check_widths(f"blocks[{i}]", block, full)
+
+
+def _check_embed_dims(plan: CompressionPlan) -> None:
+    shape = plan.shape
+    if len(plan.embed_dims) != len(shape.embed_dims):
+        raise PlanError(
+            f"embed_dims has {len(plan.embed_dims)} values, expected {len(shape.embed_dims)} "
+            f"(one per stage of {shape.name})"
+        )
+    for i, (dim, full) in enumerate(zip(plan.embed_dims, shape.embed_dims, strict=True)):
+        name = f"embed_dims[{i}]" if shape.stages else "embed_dim"
+        if not 1 <= dim <= full:
+            raise PlanError(f"{name} is {dim}, expected 1 to {full}")
+    if shape.pool == "map" and plan.embed_dims != shape.embed_dims:
+        raise PlanError(
+            f"embed_dim is {plan.embed_dim}, expected {shape.embed_dim}: the attention pooling of {shape.name} "
+            "is not pruned"
+        )
+
+
+def _check_widths(where: str, block: BlockPlan, full: BlockShape) -> None:
+    for name in ("heads", "mlp_hidden"):
+        value, most = getattr(block, name), getattr(full, name)
+        if not 1 <= value <= most:
+            raise PlanError(f"{where}.{name} is {value}, expected 1 to {most}")
+    # One new head may take channels of several old ones (UP-ViT fuses them).
+    most = full.heads // block.heads * full.qk_dim
+    for name in ("qk_dim", "v_dim"):
+        value = getattr(block, name)
+        if not 1 <= value <= most:
+            raise PlanError(
+                f"{where}.{name} is {value}, expected 1 to {most} ({full.heads} heads of {full.qk_dim} for "
+                f"{block.heads})"
+            )
+        if value != getattr(full, name) and name == "qk_dim" and full.qk_norm_vectors:
+            raise PlanError(
+                f"{where}.qk_dim is {value}, expected {full.qk_dim}: the norm of queries and keys is shared by "
+                "all heads, so heads cannot keep different channels"
+            )

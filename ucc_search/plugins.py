@@ -22,15 +22,30 @@ import pluggy
 from ucc_search import builtin, hookspecs
 from ucc_search.errors import PluginError, UserError, did_you_mean
 from ucc_search.hookspecs import HOOKSPEC_VERSION, PROJECT
-from ucc_search.interfaces import Aggregator, Cascade, ComponentRef, Components, Distiller, Scorer
+from ucc_search.interfaces import (
+    Aggregator,
+    Cascade,
+    ComponentRef,
+    Components,
+    Distiller,
+    Importance,
+    Scorer,
+)
 
 HOOKS = {
     "scorer": "ucc_scorers",
     "aggregator": "ucc_aggregators",
     "cascade": "ucc_cascades",
     "distiller": "ucc_distillers",
+    "importance": "ucc_importances",
 }
-BASES = {"scorer": Scorer, "aggregator": Aggregator, "cascade": Cascade, "distiller": Distiller}
+BASES = {
+    "scorer": Scorer,
+    "aggregator": Aggregator,
+    "cascade": Cascade,
+    "distiller": Distiller,
+    "importance": Importance,
+}
 ENVIRONMENT = "UCC_SEARCH_PLUGINS"
 STRICT = "UCC_SEARCH_STRICT"
 BUILTIN = "builtin"
@@ -191,7 +206,7 @@ class Plugins:
         return {kind: names for kind, names in claimed.items() if names}
 
     def names(self, kind: str) -> list[str]:
-        """Component names of a kind (`scorer`, `aggregator`, `cascade`, `distiller`)."""
+        """Component names of a kind (`scorer`, `aggregator`, `cascade`, `distiller`, `importance`)."""
         return sorted(self._of(kind))
 
     def _of(self, kind: str) -> dict[str, dict[str, Any]]:

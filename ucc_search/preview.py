@@ -11,10 +11,10 @@ from ucc_search import estimate
 from ucc_search.config import RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import ConfigError
-from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
+from ucc_search.interfaces import INFERENCE_KINDS
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import HOOKS, Plugins
-from ucc_search.schedule import Scheduler, check_budgets, components_of
+from ucc_search.schedule import Scheduler, candidate_of, check_budgets
 from ucc_search.shapes import model_shape, train_images
 from ucc_search.space import SearchSpace
 from ucc_search.units import format_macs, format_params
@@ -58,17 +58,14 @@ def _reachable(
     config: RunConfig, scheduler: Scheduler, space: SearchSpace, plugins: Plugins
 ) -> dict[str, dict[str, int]]:
     """Cheapest and dearest plan of the search and of every baseline, in MACs."""
-    methods: dict[str, tuple[dict[str, ComponentRef], Sequence[float] | None]] = {}
-    corner = space.corners()[0]
-    methods["search"] = (dict(corner.components), corner.keep_ratios)
-    methods |= {b.name: (components_of(b), None) for b in config.baselines}
+    methods = {"search": space.corners()[0]} | {b.name: candidate_of(b) for b in config.baselines}
     found = {}
-    for name, (refs, keep) in methods.items():
-        parts = plugins.components(*(refs[k] for k in INFERENCE_KINDS))
+    for name, candidate in methods.items():
+        parts = plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
         if parts.cascade.needs_model:
             continue
-        least = cost(scheduler.smallest(refs, keep), parts).macs
-        found[name] = {"min_macs": least, "max_macs": cost(scheduler.base, parts).macs}
+        least, most = (cost(f(candidate), parts) for f in (scheduler.smallest, scheduler.largest))
+        found[name] = {"min_macs": least.macs, "max_macs": most.macs, "min_params": least.params}
     return found
 
 
@@ -102,9 +99,12 @@ def preview_text(found: dict[str, Any]) -> str:
 
 
 def _short(names: Sequence[str]) -> str:
-    keep = [n for n in names if n.startswith("keep.")]
-    rest = [n for n in names if not n.startswith("keep.")]
-    return ", ".join(([f"keep.0 to keep.{len(keep) - 1}"] if keep else []) + rest) or "none"
+    """Names that differ by a number alone are one range."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, number = name.rpartition(".")
+        groups.setdefault(stem if number.isdigit() else name, []).append(name)
+    return ", ".join(g[0] if len(g) == 1 else f"{g[0]} to {g[-1]}" for g in groups.values()) or "none"
 
 
 def _duration(seconds: float) -> str:
@@ -145,19 +145,42 @@ def inspect_text(found: dict[str, Any]) -> str:
     if not found["supported"]:
         reasons = "".join(f"\n  - {r}" for r in found["reasons"])
         return f"{found['model']} ({found['class']}) cannot be compressed by this version:{reasons}"
-    tokens, shape = found["tokens"], found["shape"]
+    tokens, shape, widths = found["tokens"], found["shape"], found["widths"]
     scorers = "all scorers" if tokens["class_token_scorers"] else "scorers that need no class token"
     spare = "yes, exactly" if tokens["head_tokens_only"] else "no, the head reads every token"
+    leave = (
+        f"{tokens['patch_tokens']} patch tokens can be pruned or merged in each of {len(shape['blocks'])} blocks; "
+        f"{tokens['prefix_tokens']} prefix tokens always stay"
+    )
+    cut = [
+        "heads and hidden units of each block",
+        *(["channels per head"] if widths["attention_channels"] else []),
+        *(["the embedding"] if widths["embed"] else []),
+        "half-blocks" if widths["half_blocks"] else "blocks",
+    ]
     lines = [
         f"{found['model']} ({found['class']}): {format_macs(found['cost']['macs'])}, "
         f"{format_params(found['cost']['params'])} at {shape['image_size'][0]} x {shape['image_size'][1]}",
-        f"  tokens        {tokens['patch_tokens']} patch tokens can be pruned or merged in each of "
-        f"{len(shape['blocks'])} blocks; {tokens['prefix_tokens']} prefix tokens always stay",
-        f"  scoring       {scorers}",
-        f"  last block    can be spared for unread tokens: {spare}",
-        f"  pooling       {tokens['pool']}",
-        "  widths, ranks not in this version",
     ]
+    if tokens["can_leave"]:
+        lines += [
+            f"  tokens        {leave}",
+            f"  scoring       {scorers}",
+            f"  last block    can be spared for unread tokens: {spare}",
+        ]
+    else:
+        lines.append("  tokens        stay: its keys come from convolutions on the whole grid")
+    lines += [
+        f"  pooling       {tokens['pool']}",
+        f"  widths        can be pruned: {', '.join(cut)}",
+        "  ranks         not in this version",
+    ]
+    if not widths["attention_channels"]:
+        lines.append(
+            "                (channels per head cannot: all heads share the norm of queries and keys)"
+        )
+    if not widths["embed"]:
+        lines.append("                (the embedding cannot: the attention pooling reads it)")
     return "\n".join(lines)
 
 

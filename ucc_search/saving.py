@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ucc_search.compression import compress
+from ucc_search.compression import assemble
+from ucc_search.compression.selection import first_units
 from ucc_search.config import ModelConfig
 from ucc_search.errors import ModelError
 from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
@@ -75,11 +76,13 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: not readable ({type(error).__name__}: {error})") from None
     # A model of built-in components must load where the run's local plugins do not exist.
-    foreign = any(i.get("plugin") not in (None, BUILTIN) for i in arch.get("identities", {}).values())
+    identities = arch.get("identities", {})
+    foreign = any(identities.get(k, {}).get("plugin") not in (None, BUILTIN) for k in INFERENCE_KINDS)
     known = plugins or Plugins.load(arch.get("plugins", ()) if foreign else ())
     _warn_of_changes(arch, known)
     dense = build_model(config, classes=plan.shape.classes, channels=plan.shape.channels)
-    model = compress(dense, plan, known.components(**refs))
+    # Any units of the right number: their weights come from the file.
+    model = assemble(dense, plan, known.components(**refs), first_units(plan))
     load_weights(model, folder)
     # Where timm's own models keep how their images must be prepared.
     size = (plan.shape.channels, *plan.shape.image_size)

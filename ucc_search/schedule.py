@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from ucc_search.budget import Budget, budgets, project, whole_tokens, with_tokens
@@ -11,11 +12,13 @@ from ucc_search.errors import BudgetError, PluginError
 from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Components, ScheduleRequest
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
-from ucc_search.space import KINDS, SearchSpace, spares_last_block
+from ucc_search.space import KINDS, Candidate, SearchSpace, spares_last_block
+from ucc_search.widths import Widths
 
 Profile = Callable[[float], Sequence[float]]
 Evaluate = Callable[[Sequence[int]], float]
 MakeEvaluate = Callable[[Components, CompressionPlan], Evaluate]
+DepthOrder = Callable[[ComponentRef], Sequence[int]]
 
 
 class Scheduler:
@@ -24,6 +27,8 @@ class Scheduler:
     Args:
         make_evaluate: gives the accuracy function that calibrated cascades ask; None where no model
             is loaded.
+        depth_order: gives, for an importance criterion, the depth units with the least important
+            first; None where nothing was measured.
     """
 
     def __init__(
@@ -32,33 +37,46 @@ class Scheduler:
         shape: ModelShape,
         plugins: Plugins,
         make_evaluate: MakeEvaluate | None = None,
+        depth_order: DepthOrder | None = None,
     ) -> None:
         self._config, self._plugins, self._make_evaluate = config, plugins, make_evaluate
+        self._depth_order = depth_order
         dense = CompressionPlan.identity(shape)
         self.base = dense.replace(head_tokens_only=spares_last_block(config.space, shape))
         self.dense_cost = cost(dense)
         self.budgets = budgets(config.budget, self.dense_cost)
         self._profiles: dict[str, Profile] = {}
 
-    def plan(
-        self, refs: Mapping[str, ComponentRef], keep_ratios: Sequence[float] | None, budget: Budget
-    ) -> CompressionPlan:
+    def plan(self, candidate: Candidate, budget: Budget) -> CompressionPlan:
         """The projected plan.
 
         Raises:
-            BudgetError: the cascade cannot meet the budget.
+            BudgetError: the candidate cannot meet the budget.
             PluginError: the components do not fit the model.
         """
-        parts = self._plugins.components(*(refs[k] for k in INFERENCE_KINDS))
-        return project(self.base, self.profile(refs, parts, keep_ratios), budget, parts)
+        parts, family = self._family(candidate)
+        return project(self.base, family, budget, parts, self.widths(candidate), candidate.ratios)
 
-    def smallest(
-        self, refs: Mapping[str, ComponentRef], keep_ratios: Sequence[float] | None
-    ) -> CompressionPlan:
-        """The cheapest plan that the cascade can make."""
+    def smallest(self, candidate: Candidate) -> CompressionPlan:
+        """The cheapest plan that the cascade and the widths can make."""
+        _, family = self._family(candidate)
+        narrow = self.widths(candidate).at(self.base, candidate.ratios, 1.0)
+        return with_tokens(narrow, whole_tokens(family(1.0), self.base.shape.tokens))
+
+    def largest(self, candidate: Candidate) -> CompressionPlan:
+        """The dearest: nothing pruned but what is fixed."""
+        return self.widths(candidate).at(self.base, candidate.ratios, 0.0)
+
+    def widths(self, candidate: Candidate) -> Widths:
+        """What may become narrower, knowing which half-blocks leave first."""
+        order, ref = self._depth_order, candidate.components["importance"]
+        known = functools.partial(order, ref) if order is not None else None
+        return Widths(candidate.widths, self.base.shape, known)
+
+    def _family(self, candidate: Candidate) -> tuple[Components, Profile]:
+        refs = candidate.components
         parts = self._plugins.components(*(refs[k] for k in INFERENCE_KINDS))
-        family = self.profile(refs, parts, keep_ratios)
-        return with_tokens(self.base, whole_tokens(family(1.0), self.base.shape.tokens))
+        return parts, self.profile(refs, parts, candidate.keep_ratios)
 
     def profile(
         self, refs: Mapping[str, ComponentRef], parts: Components, keep_ratios: Sequence[float] | None
@@ -81,9 +99,22 @@ class Scheduler:
         return family
 
 
-def components_of(baseline: Baseline) -> dict[str, ComponentRef]:
-    """The four components of a baseline."""
-    return {kind: getattr(baseline, kind)[0] for kind in KINDS}
+def candidate_of(baseline: Baseline) -> Candidate:
+    """A baseline as a point without ratios."""
+    return Candidate({}, {kind: getattr(baseline, kind)[0] for kind in KINDS}, None, baseline.widths)
+
+
+def scored_kinds(config: RunConfig, shape: ModelShape) -> dict[str, set[str]]:
+    """The kinds of unit groups whose importance decides something, by the criterion's canonical text."""
+    asked: dict[str, set[str]] = {}
+    for refs, widths in (
+        (config.space.importance, config.space.widths),
+        *((b.importance, b.widths) for b in config.baselines),
+    ):
+        kinds = Widths(widths, shape).kinds_scored()
+        for ref in refs if kinds else ():
+            asked.setdefault(ref.key, set()).update(kinds)
+    return asked
 
 
 def check_budgets(config: RunConfig, scheduler: Scheduler, space: SearchSpace, plugins: Plugins) -> None:
@@ -96,13 +127,14 @@ def check_budgets(config: RunConfig, scheduler: Scheduler, space: SearchSpace, p
         for candidate in space.corners():
             cascade = plugins.build("cascade", candidate.components["cascade"])
             if not cascade.needs_model:
-                scheduler.plan(candidate.components, candidate.keep_ratios, budget)
+                scheduler.plan(candidate, budget)
         for baseline in config.baselines:
-            refs = components_of(baseline)
-            plugins.build("distiller", refs["distiller"])
-            if plugins.build("cascade", refs["cascade"]).needs_model:
+            candidate = candidate_of(baseline)
+            for kind in ("distiller", "importance"):
+                plugins.build(kind, candidate.components[kind])
+            if plugins.build("cascade", candidate.components["cascade"]).needs_model:
                 continue
             try:
-                scheduler.plan(refs, None, budget)
+                scheduler.plan(candidate, budget)
             except BudgetError as error:
                 raise BudgetError(f"baseline {baseline.name!r}: {error}, or leave the baseline out") from None

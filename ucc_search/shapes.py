@@ -43,7 +43,7 @@ def _facts(config: RunConfig) -> dict[str, Any]:
     from ucc_search.data import load_data
 
     splits = load_data(config.data)
-    shape = _dense_shape(config, splits.classes, splits.channels)
+    shape = _dense_shape(config, splits.classes, splits.channels, splits.image_size)
     facts = {"shape": shape.to_dict(), "train_images": len(splits.train)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
@@ -52,7 +52,7 @@ def _facts(config: RunConfig) -> dict[str, Any]:
     return facts
 
 
-def _dense_shape(config: RunConfig, classes: int, channels: int) -> ModelShape:
+def _dense_shape(config: RunConfig, classes: int, channels: int, size: int) -> ModelShape:
     """Read from the model built on the meta device, where weights take no memory and no time."""
     import torch
 
@@ -62,7 +62,7 @@ def _dense_shape(config: RunConfig, classes: int, channels: int) -> ModelShape:
     unweighted = config.model.model_copy(update={"pretrained": False})
     with torch.device("meta"):
         model = build_model(unweighted, classes=classes, channels=channels)
-    return shape_of(model, config.model.name)
+    return shape_of(model, config.model.name, image_size=(size, size))
 
 
 def _key(config: RunConfig) -> str:

@@ -8,13 +8,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ucc_search.config import Range, SpaceConfig
+from ucc_search.config import Range, SpaceConfig, WidthsConfig
 from ucc_search.errors import ConfigError
 from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
+from ucc_search.widths import Ratios, Widths
 
-KINDS = (*INFERENCE_KINDS, "distiller")
+_WIDTH = "width."
+KINDS = (*INFERENCE_KINDS, "distiller", "importance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,16 @@ class Dimension:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One sampled point, decoded: components with their parameters, and keep ratios."""
+    """One sampled point, decoded: components with their parameters, keep ratios and width ratios.
+
+    A baseline is a point too, without ratios.
+    """
 
     params: Mapping[str, Any]
     components: Mapping[str, ComponentRef]
     keep_ratios: tuple[float, ...] | None
+    widths: WidthsConfig
+    ratios: Ratios | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,7 @@ class SearchSpace:
 
     dimensions: tuple[Dimension, ...]
     config: SpaceConfig
+    widths: Widths
     depth: int
     blocks_with_keep: int
     """Blocks whose keep ratio is searched; the last is not where nothing reads its patch tokens."""
@@ -64,12 +72,16 @@ class SearchSpace:
             for ref in refs:
                 plugins.check(kind, ref)
                 dimensions += _parameter_dimensions(kind, ref)
-        keep = 0
-        if any(getattr(plugins.get("cascade", ref.name), "searched", False) for ref in config.cascade):
+        keep, widths = 0, Widths(config.widths, shape)
+        proposes = any(getattr(plugins.get("cascade", ref.name), "searched", False) for ref in config.cascade)
+        if proposes and not shape.stages:
             keep = shape.depth - (1 if spares_last_block(config, shape) else 0)
             bounds = config.keep_ratio
             dimensions += [Dimension(f"keep.{i}", bounds.low, bounds.high) for i in range(keep)]
-        return cls(tuple(dimensions), config, shape.depth, keep)
+        dimensions += [Dimension(_WIDTH + name, r.low, r.high) for name, r in widths.searched().items()]
+        if widths:
+            widths.at(CompressionPlan.identity(shape), None, 1.0)  # refuses what the model cannot have
+        return cls(tuple(dimensions), config, widths, shape.depth, keep)
 
     def decode(self, params: Mapping[str, Any]) -> Candidate:
         """The candidate these sampled values stand for."""
@@ -84,7 +96,10 @@ class SearchSpace:
             components[kind] = ComponentRef(ref.name, values)
         keep = tuple(params[f"keep.{i}"] for i in range(self.blocks_with_keep))
         padded = keep + (1.0,) * (self.depth - len(keep))
-        return Candidate(dict(params), components, padded if keep else None)
+        ratios = {name: params[_WIDTH + name] for name in self.widths.searched()}
+        return Candidate(
+            dict(params), components, padded if keep else None, self.config.widths, ratios or None
+        )
 
     def corners(self) -> list[Candidate]:
         """One candidate for every combination of components, other parameters at the start of their range."""
@@ -99,7 +114,7 @@ class SearchSpace:
         ]
 
     def at_plan(self, params: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
-        """The same point with the keep ratios of the plan that was measured.
+        """The same point with the ratios of the plan that was measured.
 
         Many proposals are projected onto one plan; the optimiser must learn from the point that was
         measured, not from the one it proposed.
@@ -108,10 +123,40 @@ class SearchSpace:
         for i in range(self.blocks_with_keep):
             ratio = plan.tokens[i] / plan.tokens_in[i]
             told[f"keep.{i}"] = min(max(ratio, self.config.keep_ratio.low), self.config.keep_ratio.high)
+        ranges = self.widths.searched()
+        for name, ratio in self.widths.ratios(plan).items():
+            told[_WIDTH + name] = min(max(ratio, ranges[name].low), ranges[name].high)
         return told
 
     def known_good(self) -> list[dict[str, float]]:
-        """Keep ratios of hand-made schedules, to start from: geometric, staged, early and late cuts."""
+        """Hand-made points to start from: schedules of tokens, uniform widths, and both together."""
+        schedules, widths = self._known_schedules(), self._known_widths()
+        if not schedules or not widths:
+            return schedules or widths
+        no_cuts = dict.fromkeys(schedules[0], self.config.keep_ratio.high)
+        full = {_WIDTH + name: r.high for name, r in self.widths.searched().items()}
+        return [
+            *({**s, **full} for s in schedules[:2]),
+            *({**no_cuts, **w} for w in widths),
+            *({**schedules[0], **w} for w in widths[:1]),
+        ]
+
+    def _known_widths(self) -> list[dict[str, float]]:
+        """All alike; and all alike but for the embedding and the depth, which every layer depends on."""
+        ranges = self.widths.searched()
+        if not ranges:
+            return []
+        alike = {_WIDTH + name: max(0.7, r.low) for name, r in ranges.items()}
+        inner = {
+            _WIDTH + name: r.high if name.startswith(("embed", "depth")) else max(0.6, r.low)
+            for name, r in ranges.items()
+        }
+        return [
+            {k: min(v, ranges[k.removeprefix(_WIDTH)].high) for k, v in p.items()} for p in (inner, alike)
+        ]
+
+    def _known_schedules(self) -> list[dict[str, float]]:
+        """Keep ratios: geometric, staged, early and late cuts."""
         count, bounds = self.blocks_with_keep, self.config.keep_ratio
         if not count:
             return []

@@ -53,6 +53,8 @@ class TrialRow:
     aggregator: str = ""
     cascade: str = ""
     distiller: str = ""
+    importance: str = ""  # where widths or depth were pruned
+    saved_by: dict[str, float] = field(default_factory=dict)  # share of the dense MACs, by method
     components: dict[str, Any] = field(default_factory=dict)  # kind to name and parameters
     identities: dict[str, Any] = field(default_factory=dict)  # kind to package, version and hash
     params_searched: dict[str, Any] = field(default_factory=dict)

@@ -89,7 +89,7 @@ def fit(
     total = config.total_steps(len(images))
     module.to(device).train()
     engine = _make_engine(module, config, total, worker)
-    average = _average(module, config)
+    average, every = _average(module.model, config, len(images))
     rounds = config.gradient_accumulation
     batches = training_batches(
         images, config.batch_size // rounds, config.augment, seed=seed, rank=worker.rank, world=worker.world
@@ -102,7 +102,7 @@ def fit(
         loss, parts = _step(engine, batches, rounds, progress, device)
         if not math.isfinite(loss):
             raise TrainingError(f"the training loss is {loss} at step {step} of {total}")
-        if average is not None:
+        if average is not None and ((step + 1) % every == 0 or step + 1 == total):
             average.update_parameters(module.model)
         result.losses.append(loss)
         result.parts.append(parts)
@@ -135,12 +135,20 @@ def _step(
     return loss_sum, parts_sum
 
 
-def _average(module: nn.Module, config: TrainConfig) -> Any:
-    if config.ema is None:
-        return None
+def _average(model: nn.Module, config: TrainConfig, images: int) -> tuple[Any, int]:
+    """The moving average of `model`, or None, and the optimiser steps from one update to the next."""
+    ema = config.ema
+    if ema is None:
+        return None, 1
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    return AveragedModel(module.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+    def update(averages: list[Tensor], weights: list[Tensor], done: Tensor) -> None:
+        n = int(done) + 1
+        decay = min(ema.decay, (1 + n) / (10 + n)) if ema.ramp else ema.decay
+        get_ema_multi_avg_fn(decay)(averages, weights, done)
+
+    every = config.epoch_steps(images) if ema.every == "epoch" else 1
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True), every
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from ucc_search.budget import with_tokens
 from ucc_search.builtin.distillers import logit_kl
 from ucc_search.compression import checked_scores, compress, set_tokens, shape_of
+from ucc_search.compression.selection import Scores, narrows
 from ucc_search.config import RunConfig, parse_config
-from ucc_search.data import Splits, calibration_batches, load_data
+from ucc_search.data import Splits, calibration_batches, load_data, proxy_batches
+from ucc_search.importance import Progress, default_cache, unit_scores
 from ucc_search.interfaces import ComponentRef, Components, DistillContext
 from ucc_search.losses import CandidateLoss
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.saving import save_model
+from ucc_search.schedule import scored_kinds
 from ucc_search.teachers import accuracy, load_teacher
 from ucc_search.train import Worker, device_for_training, fit
 
@@ -52,10 +55,13 @@ class Workbench:
         self, config: RunConfig, plugins: Plugins, *, log: Callable[[str], None] = lambda text: None
     ) -> None:
         self.config, self.plugins = config, plugins
+        self._scores: dict[str, Scores] = {}
         self.device = device_for_training()
         self.splits: Splits = load_data(config.data, config.train.augment)
         self.teacher: nn.Module = load_teacher(config, self.splits, log=log).to(self.device)
-        self.shape: ModelShape = shape_of(self.teacher, config.model.name)
+        self.shape: ModelShape = shape_of(
+            self.teacher, config.model.name, image_size=(self.splits.image_size, self.splits.image_size)
+        )
 
     @functools.cached_property
     def calibration(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -65,9 +71,45 @@ class Workbench:
             on_device = ((x.to(self.device), y.to(self.device)) for x, y in batches)
             return [(x, y, self.teacher(x)) for x, y in on_device]
 
-    def zero_shot(self, plan: CompressionPlan, components: Components) -> Measurement:
+    @functools.cached_property
+    def proxy(self) -> list[Tensor]:
+        """Training images on which importance is measured."""
+        return proxy_batches(self.splits, self.config.data.proxy)
+
+    def scores(self, ref: ComponentRef, progress: Progress = lambda *_: None) -> Scores:
+        """Importance by one criterion of whatever the space file allows to be pruned; kept on disk."""
+        if ref.key not in self._scores:
+            kinds = scored_kinds(self.config, self.shape).get(ref.key, set())
+            criterion = self.plugins.build("importance", ref)
+            self._scores[ref.key] = unit_scores(
+                self.teacher,
+                self.shape,
+                criterion,
+                self.proxy if criterion.needs_images and kinds else (),
+                groups=[g for g in self.shape.unit_groups() if g.kind in kinds],
+                identity=[ref.key, self.plugins.identity("importance", ref.name)],
+                cache=default_cache(),
+                progress=progress,
+            )
+        return self._scores[ref.key]
+
+    def depth_order(self, ref: ComponentRef) -> list[int]:
+        """Depth units, the least important first."""
+        order: list[int] = self.scores(ref)["depth", 0].argsort(stable=True).tolist()
+        return order
+
+    def compressed(
+        self, plan: CompressionPlan, components: Components, importance: ComponentRef
+    ) -> nn.Module:
+        """The teacher, compressed: what a candidate starts from."""
+        scores = self.scores(importance) if narrows(plan) else {}
+        return compress(self.teacher, plan, components, scores=scores, heads=self.config.space.fewer_heads)
+
+    def zero_shot(
+        self, plan: CompressionPlan, components: Components, importance: ComponentRef
+    ) -> Measurement:
         """KL to the teacher and accuracy on the calibration images, without any training."""
-        model = compress(self.teacher, plan, components).eval()
+        model = self.compressed(plan, components, importance).eval()
         start = time.perf_counter()
         kl, right = self._on_calibration(model)
         return Measurement(kl, right, compute_seconds=time.perf_counter() - start)
@@ -116,6 +158,7 @@ class Workbench:
         plan: CompressionPlan,
         components: Components,
         distiller: ComponentRef,
+        importance: ComponentRef,
         *,
         seed: int,
         out: Path | None = None,
@@ -130,7 +173,7 @@ class Workbench:
         """
         config = self.config.train
         torch.manual_seed(seed)
-        student = compress(self.teacher, plan, components).requires_grad_(True)
+        student = self.compressed(plan, components, importance).requires_grad_(True)
         built = self.plugins.build("distiller", distiller)
         module = CandidateLoss(
             student,

@@ -48,8 +48,8 @@ def _measure(bench: Workbench, task: Mapping[str, Any]) -> tuple[Measurement, in
     if job["origin"] == "dense":
         return bench.dense(job["rung"]), 0
     if job["rung"] == "zero-shot":
-        plan, _, parts = _decode(bench, job)
-        return bench.zero_shot(plan, parts), 0
+        plan, refs, parts = _decode(bench, job)
+        return bench.zero_shot(plan, parts, refs["importance"]), 0
     steps = bench.config.train.total_steps(len(bench.splits.train))
     if bench.config.train.workers > 1:
         return _train_together(task, bench.config.train.workers), steps
@@ -73,6 +73,7 @@ def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> 
         plan,
         parts,
         refs["distiller"],
+        refs["importance"],
         seed=task["job"]["seed"],
         out=Path(task["out"]),
         arch=arch,

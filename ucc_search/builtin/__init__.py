@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 
 from ucc_search.hookspecs import hookimpl
-from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Scorer
+from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Importance, Scorer
 
 
 @hookimpl
@@ -40,6 +40,7 @@ def ucc_cascades() -> Mapping[str, Callable[..., Cascade]]:
 
     return {
         "per_block": cascades.PerBlock,
+        "keep_all": cascades.KeepAll,
         "constant": cascades.Constant,
         "geometric": cascades.Geometric,
         "staged": cascades.Staged,
@@ -54,7 +55,20 @@ def ucc_distillers() -> Mapping[str, Callable[..., Distiller]]:
     return {
         "two_level": distillers.TwoLevel,
         "logits": distillers.Logits,
+        "features": distillers.PooledFeatures,
         "none": distillers.NoDistillation,
+    }
+
+
+@hookimpl
+def ucc_importances() -> Mapping[str, Callable[..., Importance]]:
+    from ucc_search.builtin import importances
+
+    return {
+        "kl": importances.KL,
+        "fisher": importances.Fisher,
+        "magnitude": importances.Magnitude,
+        "random": importances.Random,
     }
 
 

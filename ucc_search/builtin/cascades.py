@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from ucc_search.errors import PlanError
 from ucc_search.interfaces import Cascade, ScheduleRequest
+from ucc_search.strength import power
 
 Profile = Callable[[float], Sequence[float]]
 Evaluate = Callable[[Sequence[int]], float]
@@ -48,9 +49,20 @@ class PerBlock(Cascade):
         bounds = [min(request.min_keep, r) for r in ratios]
 
         def family(strength: float) -> list[float]:
-            return _chain(shape.tokens, [_power(r, strength, b) for r, b in zip(ratios, bounds, strict=True)])
+            return _chain(shape.tokens, [power(r, strength, b) for r, b in zip(ratios, bounds, strict=True)])
 
         return family
+
+
+class KeepAll(Cascade):
+    """Cuts no tokens at any strength: the budget is met by widths and depth alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def profile(self, request: ScheduleRequest) -> Profile:
+        tokens = [float(n) for n in request.shape.block_tokens]
+        return lambda strength: tokens
 
 
 class Constant(Cascade):
@@ -269,18 +281,6 @@ def _common_ratio(request: ScheduleRequest, cuts: Sequence[int]) -> Profile:
         return _chain(shape.tokens, [ratio if i in cuts else 1.0 for i in range(shape.depth)])
 
     return family
-
-
-def _power(ratio: float, strength: float, bound: float) -> float:
-    """ratio^t, t = strength / (1 - strength), not below `bound`, which it reaches at strength 1."""
-    if strength >= 1.0:
-        return bound
-    t = strength / (1 - strength)
-    if ratio == 1.0:
-        # No power of 1 cuts, so beyond the proposal (t = 1) it counts as slightly less. Not before:
-        # a proposal made of whole tokens must come back exactly.
-        return max(math.pow(1 - 1e-6, max(0.0, t - 1)), bound)
-    return max(math.pow(ratio, t), bound)
 
 
 def _chain(tokens: int, factors: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Distillers: UCC's two levels, plain logit distillation, and none.
+"""Distillers: UCC's two levels, plain logit or feature distillation, and none.
 
 torch is imported inside the functions that need it, so that listing plugins starts without it.
 """
@@ -44,6 +44,29 @@ class Logits(Distiller):
     def losses(self, student: Outputs, teacher: Outputs | None, progress: float) -> Mapping[str, Tensor]:
         assert teacher is not None
         return {"logits": self.weight * logit_kl(student.logits_BC, teacher.logits_BC, self.tau)}
+
+
+class PooledFeatures(Distiller):
+    """The teacher's penultimate feature as target: weight * mean((A(student) - teacher)^2).
+
+    The mean is over images and channels. A is the identity where student and teacher are equally wide,
+    else a linear map that is learned.
+
+    Args:
+        weight: factor on the loss.
+
+    Reference: UP-ViT (Yu and Wu, arXiv:2111.15127) trains PVTv2 by it; the linear map is reconstructed.
+    """
+
+    needs_pooled: ClassVar[bool] = True
+    ranges: ClassVar = {"weight": {"low": 1.0, "high": 100.0, "log": True}}
+
+    def __init__(self, weight: float = 20.0) -> None:
+        _check_weights(weight=weight)
+        self.weight = weight
+
+    def build(self, context: DistillContext) -> nn.Module:
+        return _pooled_loss(self.weight, context.student.embed_dim, context.teacher.embed_dim)
 
 
 class TwoLevel(Distiller):
@@ -115,9 +138,15 @@ class TwoLevel(Distiller):
 
     def _deep(self, context: DistillContext) -> int:
         """The student's last block that still has patch tokens."""
-        return context.student.shape.depth - (2 if context.student.head_tokens_only else 1)
+        head_block, present = context.student.head_block, context.student.present
+        return max((i for i in present if head_block is None or i < head_block), default=0)
 
     def build(self, context: DistillContext) -> nn.Module:
+        if context.teacher.stages:
+            raise ValueError(
+                f"two_level compares tokens on one grid, and {context.teacher.name} has several; use the distiller "
+                "logits or features"
+            )
         return _two_level_losses(self, context, self._shallow(context), self._deep(context))
 
 
@@ -139,6 +168,29 @@ def _check_temperature(tau: float) -> None:
         raise ValueError(f"tau is {tau}, expected a temperature above 0")
 
 
+def _adapter(narrow: int, wide: int) -> nn.Module:
+    """From the student's width to the teacher's."""
+    from torch import nn
+
+    return nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
+
+
+def _pooled_loss(weight: float, narrow: int, wide: int) -> nn.Module:
+    from torch import nn
+
+    class PooledLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapter = _adapter(narrow, wide)
+
+        def forward(self, student: Outputs, teacher: Outputs, progress: float) -> dict[str, Tensor]:
+            own, theirs = self.adapter(student.pooled_BD), teacher.pooled_BD
+            assert theirs is not None
+            return {"features": weight * nn.functional.mse_loss(own.float(), theirs.float())}
+
+    return PooledLoss()
+
+
 def _two_level_losses(
     settings: TwoLevel, context: DistillContext, shallow: Sequence[int], deep: int
 ) -> nn.Module:
@@ -147,14 +199,11 @@ def _two_level_losses(
 
     narrow, wide = context.student.embed_dim, context.teacher.embed_dim
 
-    def adapter() -> nn.Module:
-        return nn.Identity() if narrow == wide else nn.Linear(narrow, wide)
-
     class TwoLevelLosses(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.imitate = nn.ModuleDict({str(i): adapter() for i in shallow})
-            self.explore = adapter()
+            self.imitate = nn.ModuleDict({str(i): _adapter(narrow, wide) for i in shallow})
+            self.explore = _adapter(narrow, wide)
             self.mask_token = nn.Parameter(torch.zeros(wide))
             self.generator = nn.Sequential(
                 nn.Conv2d(wide, wide, 3, padding=1), nn.ReLU(), nn.Conv2d(wide, wide, 3, padding=1)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from timm.layers.attention import Attention
+from timm.models.pvt_v2 import Attention as PyramidDense
 from torch import Tensor, nn
 
 
@@ -23,15 +24,16 @@ class CompressedAttention(nn.Module):
     """timm's `Attention` with separate query/key and value widths; parameter names are timm's.
 
     Args:
-        attention: the dense layer, whose parameters are taken over.
+        attention: the layer, cut to these widths, whose parameters are taken over.
         queries: form queries for this many leading tokens only; None for all.
     """
 
-    def __init__(self, attention: Attention, *, queries: int | None = None) -> None:
+    def __init__(
+        self, attention: Attention, *, heads: int, qk_dim: int, v_dim: int, queries: int | None = None
+    ) -> None:
         super().__init__()
-        self.heads = attention.num_heads
-        self.qk_dim = self.v_dim = attention.head_dim
-        self.scale = attention.scale  # a number of its own: stays that of the dense head when widths fall
+        self.heads, self.qk_dim, self.v_dim = heads, qk_dim, v_dim
+        self.scale = attention.scale
         self.queries = queries
         self.qkv, self.proj = attention.qkv, attention.proj
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
@@ -67,3 +69,31 @@ class CompressedAttention(nn.Module):
             k, v = F.linear(x_BTD, weight[width:], kv_bias).split(sizes[1:], dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         return self.q_norm(q), self.k_norm(k), v
+
+
+class PyramidAttention(nn.Module):
+    """PVTv2's attention over a reduced grid, with free widths; parameter names are timm's.
+
+    Args:
+        attention: the layer, cut to these widths, whose parameters are taken over.
+
+    Reference: Wang et al. 2022, PVT v2, arXiv:2106.13797, section 3.
+    """
+
+    def __init__(self, attention: PyramidDense, heads: int, qk_dim: int, v_dim: int) -> None:
+        super().__init__()
+        self.heads, self.qk_dim, self.v_dim = heads, qk_dim, v_dim
+        self.q, self.kv, self.proj = attention.q, attention.kv, attention.proj
+        self.sr, self.norm = attention.sr, attention.norm
+        self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
+
+    def forward(self, x_BTD: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        q = self.q(x_BTD)
+        if self.sr is not None:
+            grid = x_BTD.transpose(1, 2).unflatten(2, tuple(feat_size))
+            x_BTD = self.norm(self.sr(grid).flatten(2).transpose(1, 2))
+        k, v = self.kv(x_BTD).split([self.heads * self.qk_dim, self.heads * self.v_dim], dim=-1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        dropout = self.attn_drop.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))

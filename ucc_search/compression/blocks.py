@@ -13,6 +13,7 @@ from ucc_search.compression.attention import Attended, CompressedAttention
 from ucc_search.compression.tokens import TokenState, gather_rows, initial_state, reduce_tokens
 from ucc_search.errors import ModelError, PlanError
 from ucc_search.interfaces import Components, Site, TokenView
+from ucc_search.plan import BlockPlan
 
 _BLOCKS_TOGETHER = (
     "a compressed model hands what it knows of its tokens from block to block, so its blocks cannot be called, "
@@ -21,19 +22,25 @@ _BLOCKS_TOGETHER = (
 
 
 class CompressedBlock(nn.Module):
-    """A timm `Block` that may score its patch tokens after attention and hand fewer to its MLP.
+    """A timm `Block` that may lack a half, score its patch tokens after attention and hand fewer to its MLP.
 
     Args:
-        block: the dense block, whose submodules are taken over under their names.
+        block: the block, cut to the plan's widths, whose submodules are taken over under their names.
+        index: its place in the uncompressed model.
+        plan: its widths, and which halves are left.
         components: scorer, aggregator and cascade.
-        site: where tokens are scored; None if this block only saves work on unread tokens.
+        site: where tokens are scored; None if this block leaves them alone.
         prefix: prefix tokens.
         head_tokens: compute queries, projection and MLP for this many leading tokens only.
+        carries: False where no block of the model changes its tokens: then it is called with the
+            tokens alone and returns them alone, as timm's own.
     """
 
     def __init__(
         self,
         block: Block,
+        index: int,
+        plan: BlockPlan,
         components: Components,
         site: Site | None,
         *,
@@ -41,11 +48,20 @@ class CompressedBlock(nn.Module):
         class_token: bool,
         grid: tuple[int, int],
         head_tokens: int | None = None,
+        carries: bool = True,
     ) -> None:
         super().__init__()
-        self.norm1, self.ls1, self.drop_path1 = block.norm1, block.ls1, block.drop_path1
-        self.attn = CompressedAttention(block.attn, queries=head_tokens)
-        self.norm2, self.mlp, self.ls2, self.drop_path2 = block.norm2, block.mlp, block.ls2, block.drop_path2
+        self.attn: CompressedAttention | None = None
+        self.mlp: nn.Module | None = None
+        if plan.attention:
+            self.norm1, self.ls1, self.drop_path1 = block.norm1, block.ls1, block.drop_path1
+            self.attn = CompressedAttention(
+                block.attn, heads=plan.heads, qk_dim=plan.qk_dim, v_dim=plan.v_dim, queries=head_tokens
+            )
+        if plan.mlp:
+            self.norm2, self.ls2, self.drop_path2 = block.norm2, block.ls2, block.drop_path2
+            self.mlp = block.mlp
+        self.index, self.carries = index, carries
         self.prefix, self.class_token, self.grid = prefix, class_token, grid
         self.head_tokens = head_tokens
         self.components = components
@@ -55,32 +71,37 @@ class CompressedBlock(nn.Module):
         self.check = False
         """Refuse scores that are not finite, which would keep arbitrary tokens without a word."""
 
-    def forward(self, x_BTD: Tensor, state: TokenState | None = None) -> tuple[Tensor, TokenState]:
-        if state is None:
+    def forward(
+        self, x_BTD: Tensor, state: TokenState | None = None
+    ) -> Tensor | tuple[Tensor, TokenState | None]:
+        if state is None and self.carries:
             raise ModelError(_BLOCKS_TOGETHER)
-        attended = self.attn(
-            self.norm1(x_BTD), need_map=self._needs_map(x_BTD), key_bias_BT=self._size_bias(state)
-        )
         x = x_BTD if self.head_tokens is None else x_BTD[:, : self.head_tokens]
-        x = x + self.drop_path1(self.ls1(attended.out_BQD))
-        if self.tokens_out is not None:
-            x, state = self._reduce(x, attended, state)
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x, state
+        if self.attn is not None:
+            attended = self.attn(
+                self.norm1(x_BTD), need_map=self._needs_map(), key_bias_BT=self._size_bias(state)
+            )
+            x = x + self.drop_path1(self.ls1(attended.out_BQD))
+            if self.tokens_out is not None:
+                assert state is not None
+                x, state = self._reduce(x, attended, state)
+        if self.mlp is not None:
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return (x, state) if self.carries else x
 
-    def _needs_map(self, x_BTD: Tensor) -> bool:
+    def _needs_map(self) -> bool:
         return self.scorer is not None and self.components.scorer.needs_attention
 
-    def _size_bias(self, state: TokenState) -> Tensor | None:
+    def _size_bias(self, state: TokenState | None) -> Tensor | None:
         """Log of each token's size on the attention logits (ToMe, section 3.2); prefix tokens count one."""
-        if not self.components.aggregator.proportional_attention:
+        if state is None or not self.components.aggregator.proportional_attention:
             return None
         ones = state.size_BN.new_ones(state.size_BN.shape[0], self.prefix)
         return torch.cat([ones, state.size_BN], dim=1).log()
 
     def _reduce(self, x_BTD: Tensor, attended: Attended, state: TokenState) -> tuple[Tensor, TokenState]:
         aggregator, cascade = self.components.aggregator, self.components.cascade
-        assert self.tokens_out is not None
+        assert self.tokens_out is not None and self.attn is not None
         keys = attended.k_BHTK
         view = self._view(x_BTD, attended, keys, state)
         if self.scorer is not None:
@@ -123,6 +144,7 @@ class CompressedBlock(nn.Module):
         return torch.cat([k_BHTK[:, :, : self.prefix], kept], dim=2)
 
     def _view(self, x_BTD: Tensor, attended: Attended, k_BHTK: Tensor, state: TokenState) -> TokenView:
+        assert self.attn is not None
         return TokenView(
             x_BTD,
             attended.q_BHQK,
@@ -178,7 +200,7 @@ def checked_scores(model: nn.Module) -> Iterator[None]:
 
     Not always on: it looks at values, so a GPU must wait and `torch.export` could not trace it.
     """
-    blocks = [b for b in model.blocks if isinstance(b, CompressedBlock)]
+    blocks = [b for b in model.modules() if isinstance(b, CompressedBlock)]
     for block in blocks:
         block.check = True
     try:
@@ -189,7 +211,11 @@ def checked_scores(model: nn.Module) -> Iterator[None]:
 
 
 def set_tokens(model: nn.Module, tokens: Sequence[int]) -> None:
-    """Change the patch tokens after each reducing block, for keep ratios that anneal in training."""
-    for block, count in zip(model.blocks, tokens, strict=True):
+    """Change the patch tokens after each reducing block, for keep ratios that anneal in training.
+
+    Args:
+        tokens: one count per block of the uncompressed model.
+    """
+    for block in model.modules():
         if isinstance(block, CompressedBlock) and block.tokens_out is not None:
-            block.tokens_out = count
+            block.tokens_out = tokens[block.index]

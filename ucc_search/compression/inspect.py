@@ -8,17 +8,26 @@ from typing import Any
 import torch
 from timm.layers import AttentionPoolLatent, Mlp, PatchDropout, SwiGLU
 from timm.layers.attention import Attention
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from ucc_search.compression.parts import classifiers, last_convolution
+from ucc_search.compression.pyramid import pyramid_refusals, pyramid_shape
 from ucc_search.errors import ModelError
 from ucc_search.plan import AffineCost, BlockShape, ModelShape
 
 _POOLS = ("token", "avg", "avgmax", "max", "map", "")
 
 
-def shape_of(model: nn.Module, name: str | None = None) -> ModelShape:
-    """The integers that plans and costs need, read from a timm `VisionTransformer`.
+def shape_of(
+    model: nn.Module, name: str | None = None, *, image_size: tuple[int, int] | None = None
+) -> ModelShape:
+    """The integers that plans and costs need, read from a timm `VisionTransformer` or PVTv2.
+
+    Args:
+        image_size: rows and columns of the images, for a model that takes any size; the default is
+            the one timm gives it.
 
     Raises:
         ModelError: listing every reason why this model cannot be compressed.
@@ -27,6 +36,8 @@ def shape_of(model: nn.Module, name: str | None = None) -> ModelShape:
     reasons = refusals(model)
     if reasons:
         raise ModelError(f"{label} cannot be compressed: {'; '.join(reasons)}")
+    if isinstance(model, PyramidVisionTransformerV2):
+        return pyramid_shape(model, label, image_size)
     assert isinstance(model, VisionTransformer)
     distilled = hasattr(model, "dist_token")
     grid = tuple(model.patch_embed.grid_size)
@@ -51,6 +62,8 @@ def shape_of(model: nn.Module, name: str | None = None) -> ModelShape:
 
 def refusals(model: nn.Module) -> list[str]:
     """Why this model cannot be compressed here; empty if it can."""
+    if isinstance(model, PyramidVisionTransformerV2):
+        return pyramid_refusals(model)
     if not isinstance(model, VisionTransformer):
         kind = type(model).__name__
         return [
@@ -74,14 +87,17 @@ def refusals(model: nn.Module) -> list[str]:
     return reasons
 
 
+_SWIN = (
+    "Swin attends in windows, so tokens cannot leave, and ties its heads to a position table per window, "
+    "so widths are not cut either"
+)
 _OTHER_FAMILIES = {
     "Eva": "Eva models (EVA-02, DINOv3) rotate positions into attention, which is not supported",
     "Beit": "BEiT adds a relative position bias between all pairs of tokens, so tokens cannot leave",
     "Cait": "CaiT mixes its attention heads and adds the class token late",
     "Xcit": "XCiT attends over channels and needs the full token grid",
-    "SwinTransformer": "Swin attends in windows, so tokens cannot leave",
-    "SwinTransformerV2": "Swin attends in windows, so tokens cannot leave",
-    "PyramidVisionTransformerV2": "PVTv2 reduces its keys by strided convolutions on the full token grid",
+    "SwinTransformer": _SWIN,
+    "SwinTransformerV2": _SWIN,
     "MultiScaleVit": "MViT pools its tokens by convolutions on the full grid",
 }
 
@@ -114,7 +130,15 @@ def capabilities(model: nn.Module, name: str) -> dict[str, Any]:
         return report
     shape = shape_of(model, name)
     report["shape"] = shape.to_dict()
+    report["widths"] = {
+        "embed": shape.pool != "map",
+        "attention_channels": not shape.blocks[0].qk_norm_vectors,
+        "heads": True,
+        "mlp": True,
+        "half_blocks": not shape.stages,
+    }
     report["tokens"] = {
+        "can_leave": not shape.stages,
         "patch_tokens": shape.tokens,
         "prefix_tokens": shape.prefix_tokens,
         "pool": shape.pool or "none",
@@ -166,12 +190,12 @@ def _stem_cost(model: VisionTransformer) -> AffineCost:
     """Patch embedding, special tokens and position embeddings; the last convolution is per channel."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    embed = copy.deepcopy(model.patch_embed).to("meta").eval()
+    embed = copy.deepcopy(model.patch_embed).to("meta", torch.float32).eval()
     image = torch.empty(1, _input_channels(model), *model.patch_embed.img_size, device="meta")
     with FlopCounterMode(display=False) as counter:
         embed(image)
     total_macs = counter.get_total_flops() // 2
-    last = [m for m in model.patch_embed.modules() if isinstance(m, nn.Conv2d)][-1]
+    last = last_convolution(model.patch_embed)
     dim = model.embed_dim
     assert last.out_channels == dim and last.groups == 1
     per_channel_macs = model.patch_embed.num_patches * last.weight.numel() // dim
@@ -192,7 +216,7 @@ def _stem_cost(model: VisionTransformer) -> AffineCost:
 def _head_cost(model: VisionTransformer) -> AffineCost:
     """Final norms, attention pooling and classifiers, for the part that does not grow with tokens."""
     dim = model.embed_dim
-    heads = [h for h in (model.head, getattr(model, "head_dist", None)) if isinstance(h, nn.Linear)]
+    heads = classifiers(model)
     outputs = sum(h.out_features for h in heads)
     bias = sum(h.bias.numel() for h in heads if h.bias is not None)
     pool_macs = pool_params = 0

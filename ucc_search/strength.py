@@ -1,0 +1,17 @@
+"""How a proposed ratio grows with the one number that a budget fixes. No torch."""
+
+from __future__ import annotations
+
+import math
+
+
+def power(ratio: float, strength: float, bound: float) -> float:
+    """ratio^t, t = strength / (1 - strength), not below `bound`, which it reaches at strength 1."""
+    if strength >= 1.0:
+        return bound
+    t = strength / (1 - strength)
+    if ratio == 1.0:
+        # No power of 1 cuts, so beyond the proposal (t = 1) it counts as slightly less. Not before:
+        # a proposal made of whole tokens must come back exactly.
+        return max(math.pow(1 - 1e-6, max(0.0, t - 1)), bound)
+    return max(math.pow(ratio, t), bound)
