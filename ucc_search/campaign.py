@@ -43,6 +43,7 @@ class Job:
     components: Mapping[str, ComponentRef]
     params: Mapping[str, Any]
     parent: int | None = None
+    scratch: bool = False  # start from random weights
 
     def to_dict(self) -> dict[str, Any]:
         """What a worker needs, as JSON."""
@@ -51,6 +52,7 @@ class Job:
             "rung": self.rung,
             "origin": self.origin,
             "seed": self.seed,
+            "scratch": self.scratch,
             "plan": self.plan.to_dict(),
             "components": {k: r.to_dict() for k, r in self.components.items()},
         }
@@ -117,7 +119,8 @@ class Campaign:
                     plan = self.scheduler.plan(candidate, budget)
                 for seed in missing:
                     refs = candidate.components
-                    yield self._job(rung, "baseline", baseline.name, budget, seed, plan, refs, {})
+                    job = self._job(rung, "baseline", baseline.name, budget, seed, plan, refs, {})
+                    yield replace(job, scratch=baseline.weights == "random")
 
     def _proposals(self, rung: str) -> Iterator[Job]:
         search = self.config.search

@@ -168,6 +168,8 @@ class Baseline(ComponentChoices):
     importance: Choices = (ComponentRef("fisher"),)
     widths: WidthsConfig = WidthsConfig()
     """Ranges follow the budget together: all at the same share of their way to `low`."""
+    weights: Literal["teacher", "random"] = "teacher"
+    """What training starts from; `random` is the same architecture from scratch."""
 
     @model_validator(mode="after")
     def _fixed(self) -> Baseline:
@@ -333,7 +335,8 @@ class TrainConfig(_Frozen):
 class SearchConfig(_Frozen):
     """How much is tried, and what is promoted."""
 
-    trials: int = Field(40, ge=1)
+    trials: int = Field(40, ge=0)
+    """Proposals; 0 measures the baselines alone."""
     sampler: Literal["tpe", "random"] = "tpe"
     seed: int = 0
     fidelity: Literal["zero-shot", "train"] = "zero-shot"

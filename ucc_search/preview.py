@@ -58,7 +58,8 @@ def _reachable(
     config: RunConfig, scheduler: Scheduler, space: SearchSpace, plugins: Plugins
 ) -> dict[str, dict[str, int]]:
     """Cheapest and dearest plan of the search and of every baseline, in MACs."""
-    methods = {"search": space.corners()[0]} | {b.name: candidate_of(b) for b in config.baselines}
+    searched = {"search": space.corners()[0]} if config.search.trials else {}
+    methods = searched | {b.name: candidate_of(b) for b in config.baselines}
     found = {}
     for name, candidate in methods.items():
         parts = plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))

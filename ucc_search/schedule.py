@@ -124,7 +124,7 @@ def check_budgets(config: RunConfig, scheduler: Scheduler, space: SearchSpace, p
         BudgetError: naming the reachable range.
     """
     for budget in scheduler.budgets:
-        for candidate in space.corners():
+        for candidate in space.corners() if config.search.trials else ():
             cascade = plugins.build("cascade", candidate.components["cascade"])
             if not cascade.needs_model:
                 scheduler.plan(candidate, budget)

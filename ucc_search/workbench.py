@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ucc_search.budget import with_tokens
 from ucc_search.builtin.distillers import logit_kl
-from ucc_search.compression import checked_scores, compress, set_tokens, shape_of
-from ucc_search.compression.selection import Scores, narrows
+from ucc_search.compression import assemble, checked_scores, compress, set_tokens, shape_of
+from ucc_search.compression.selection import Scores, first_units, narrows
 from ucc_search.config import RunConfig, parse_config
 from ucc_search.data import Splits, calibration_batches, load_data, proxy_batches
 from ucc_search.importance import Progress, default_cache, unit_scores
 from ucc_search.interfaces import ComponentRef, Components, DistillContext
 from ucc_search.losses import CandidateLoss
+from ucc_search.models import build_model
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.saving import save_model
@@ -99,17 +100,31 @@ class Workbench:
         return order
 
     def compressed(
-        self, plan: CompressionPlan, components: Components, importance: ComponentRef
+        self,
+        plan: CompressionPlan,
+        components: Components,
+        importance: ComponentRef,
+        *,
+        scratch: bool = False,
     ) -> nn.Module:
-        """The teacher, compressed: what a candidate starts from."""
+        """What a candidate starts from: the teacher compressed, or the same architecture with new weights."""
+        if scratch:
+            unweighted = self.config.model.model_copy(update={"pretrained": False})
+            dense = build_model(unweighted, classes=self.splits.classes, channels=self.splits.channels)
+            return assemble(dense.to(self.device), plan, components, first_units(plan))
         scores = self.scores(importance) if narrows(plan) else {}
         return compress(self.teacher, plan, components, scores=scores, heads=self.config.space.fewer_heads)
 
     def zero_shot(
-        self, plan: CompressionPlan, components: Components, importance: ComponentRef
+        self,
+        plan: CompressionPlan,
+        components: Components,
+        importance: ComponentRef,
+        *,
+        scratch: bool = False,
     ) -> Measurement:
         """KL to the teacher and accuracy on the calibration images, without any training."""
-        model = self.compressed(plan, components, importance).eval()
+        model = self.compressed(plan, components, importance, scratch=scratch).eval()
         start = time.perf_counter()
         kl, right = self._on_calibration(model)
         return Measurement(kl, right, compute_seconds=time.perf_counter() - start)
@@ -161,6 +176,7 @@ class Workbench:
         importance: ComponentRef,
         *,
         seed: int,
+        scratch: bool = False,
         out: Path | None = None,
         arch: Mapping[str, Any] | None = None,
         worker: Worker | None = None,
@@ -173,7 +189,7 @@ class Workbench:
         """
         config = self.config.train
         torch.manual_seed(seed)
-        student = self.compressed(plan, components, importance).requires_grad_(True)
+        student = self.compressed(plan, components, importance, scratch=scratch).requires_grad_(True)
         built = self.plugins.build("distiller", distiller)
         module = CandidateLoss(
             student,

@@ -49,7 +49,7 @@ def _measure(bench: Workbench, task: Mapping[str, Any]) -> tuple[Measurement, in
         return bench.dense(job["rung"]), 0
     if job["rung"] == "zero-shot":
         plan, refs, parts = _decode(bench, job)
-        return bench.zero_shot(plan, parts, refs["importance"]), 0
+        return bench.zero_shot(plan, parts, refs["importance"], scratch=job["scratch"]), 0
     steps = bench.config.train.total_steps(len(bench.splits.train))
     if bench.config.train.workers > 1:
         return _train_together(task, bench.config.train.workers), steps
@@ -74,6 +74,7 @@ def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> 
         parts,
         refs["distiller"],
         refs["importance"],
+        scratch=task["job"]["scratch"],
         seed=task["job"]["seed"],
         out=Path(task["out"]),
         arch=arch,
