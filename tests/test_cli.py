@@ -104,8 +104,8 @@ WRONG = {
     "override without =": (sets("search.trials"), ["--set 'search.trials'", "key=value"]),
     "override of a leaf": (sets("name.x=3"), ["--set 'name.x=3'", "not a section"]),
     "no trials": (
-        (*SEARCH, "--trials", "0"),
-        ["space.yaml", "search.trials is 0", "greater than or equal to 1"],
+        (*SEARCH, "--trials", "-1"),
+        ["space.yaml", "search.trials is -1", "greater than or equal to 0"],
     ),
     "keep ratio 0": (
         sets("space.keep_ratio={low: 0, high: 1}"),

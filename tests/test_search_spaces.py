@@ -67,7 +67,7 @@ def test_resolving_it_again_changes_nothing(config, tmp_path):
 def test_plan_accepts_it(config):
     found = preview(config, Plugins.load(entry_points=False))
     assert found["dense"]["macs"] > found["budgets"][0]["max_macs"]
-    assert found["trials"]["train"] > len(config.baselines)
+    assert found["trials"]["train"] >= len(config.baselines)
     assert config.name in preview_text(found)
 
 
@@ -76,7 +76,8 @@ def test_every_method_meets_every_budget_and_uses_it(config):
     plugins, shape = Plugins.load(entry_points=False), model_shape(config)
     scheduler = Scheduler(config, shape, plugins)
     methods = {b.name: candidate_of(b) for b in config.baselines}
-    for i, candidate in enumerate(SearchSpace.of(config.space, shape, plugins).corners()):
+    corners = SearchSpace.of(config.space, shape, plugins).corners() if config.search.trials else []
+    for i, candidate in enumerate(corners):
         methods[f"search {i}"] = candidate
     assert scheduler.budgets == budgets(config.budget, scheduler.dense_cost)
     for name, candidate in methods.items():
@@ -85,7 +86,10 @@ def test_every_method_meets_every_budget_and_uses_it(config):
             continue
         for budget in scheduler.budgets:
             macs = cost(scheduler.plan(candidate, budget), parts).macs
-            assert 0.97 * budget.max_macs < macs <= budget.max_macs, f"{name} at {budget.label}"
+            assert macs <= budget.max_macs, f"{name} at {budget.label}"
+            # A standard architecture has a size of its own, whatever the budget.
+            if scheduler.smallest(candidate) != scheduler.largest(candidate):
+                assert macs > 0.97 * budget.max_macs, f"{name} at {budget.label}"
 
 
 def test_deit_small_costs_what_its_paper_says():

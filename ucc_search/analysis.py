@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ucc_search.errors import RunError
@@ -19,6 +19,7 @@ from ucc_search.units import format_macs, format_params
 
 RUNGS = ("train", "zero-shot")  # most expensive first
 QUALITIES = ("accuracy", "kl")
+SAVED = ("tokens", "widths", "depth", "ranks", "unread")  # what takes MACs away (costs.saved_macs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,13 @@ class Point:
     kl: float | None
     kl_std: float | None
     tokens: tuple[int, ...]
+    saved: Mapping[str, float]
+    """Share of the dense MACs that each method took: tokens, widths, depth, ranks, unread."""
     scorer: str
     aggregator: str
     cascade: str
     distiller: str
+    importance: str
 
 
 def usable(rows: Iterable[TrialRow], rung: str | None = None) -> list[TrialRow]:
@@ -87,7 +91,7 @@ def aggregate_seeds(rows: Iterable[TrialRow]) -> list[Point]:
 
 
 def _components_key(row: TrialRow) -> tuple[object, ...]:
-    names = (row.scorer, row.aggregator, row.cascade, row.distiller)
+    names = (row.scorer, row.aggregator, row.cascade, row.distiller, row.importance)
     return (*names, repr(sorted(row.components.items())))
 
 
@@ -117,10 +121,12 @@ def _point(group: Sequence[TrialRow]) -> Point:
         kl=kl,
         kl_std=kl_std,
         tokens=tuple(first.tokens),
+        saved={k: v for k in SAVED if (v := getattr(first, f"saved_{k}"))},
         scorer=first.scorer,
         aggregator=first.aggregator,
         cascade=first.cascade,
         distiller=first.distiller,
+        importance=first.importance,
     )
 
 

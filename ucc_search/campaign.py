@@ -211,7 +211,8 @@ class Campaign:
     def _row(self, job: Job, outcome: Mapping[str, Any]) -> TrialRow:
         parts = self.plugins.components(*(job.components[k] for k in INFERENCE_KINDS))
         price = cost(job.plan, parts)
-        narrowed = any(saved_macs(job.plan, parts)[k] for k in ("widths", "depth"))
+        saved = saved_macs(job.plan, parts)
+        narrowed = saved["widths"] > 0 or saved["depth"] > 0
         return TrialRow(
             id=job.id,
             state=outcome["state"],
@@ -239,7 +240,7 @@ class Campaign:
             cascade=job.components["cascade"].name,
             distiller=job.components["distiller"].name,
             importance=job.components["importance"].name if narrowed else "",
-            saved_by={k: v / self.scheduler.dense_cost.macs for k, v in saved_macs(job.plan, parts).items()},
+            **{f"saved_{k}": v / self.scheduler.dense_cost.macs for k, v in saved.items()},
             components=_dicts(job.components),
             identities={kind: self.plugins.identity(kind, job.components[kind].name) for kind in KINDS},
             params_searched=dict(job.params),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,7 +65,8 @@ def analysis_json(run: Run) -> dict[str, Any]:
         front: points, cheapest first. A point has the fields of `analysis.Point`: id, trials, origin,
             method, target, rung, fidelity, seeds, plan_key, parent, macs, macs_ratio, params,
             accuracy, accuracy_std, test_accuracy, test_accuracy_std (0..1), kl, kl_std (nats),
-            tokens, scorer, aggregator, cascade, distiller.
+            tokens, saved (share of the dense MACs by method), scorer, aggregator, cascade, distiller,
+            importance.
         knee: id of the knee, or null.
         hypervolume: {reference: [macs, quality] or null, history: [[trial id, value], ...]}, in MACs
             times accuracy (train) or nats (zero-shot).
@@ -192,10 +193,10 @@ def _front_grid(rows: Sequence[TrialRow], front: Sequence[Point]) -> Grid:
         title=f"Pareto front ({how})",
         columns=(
             *("id", "method", "target", unit, "% dense", "accuracy % (seeds)", "test %", "KL"),
-            *("tokens per block", "components"),
+            *("params", "saved %", "tokens per block", "components"),
         ),
         rows=[*shown, _front_row(dense, scale, False)] if dense else shown,
-        text=("method", "target", "tokens per block", "components"),
+        text=("method", "target", "saved %", "tokens per block", "components"),
         note="; ".join(notes),
     )
 
@@ -211,6 +212,8 @@ def _front_row(point: Point, scale: float, is_knee: bool) -> tuple[str, ...]:
         _accuracy(point),
         _hundredths(point.test_accuracy),
         _number(point.kl),
+        format_params(point.params),
+        _saved(point.saved),
         compact_tokens(point.tokens),
         MISSING if dense else _components(point),
     )
@@ -311,11 +314,20 @@ def _number(value: float | None) -> str:
 
 
 def _components(item: Point | TrialRow) -> str:
-    return "/".join((item.scorer, item.aggregator, item.cascade, item.distiller))
+    names = (item.scorer, item.aggregator, item.cascade, item.distiller, item.importance)
+    return "/".join(filter(None, names))
+
+
+def _saved(shares: Mapping[str, float]) -> str:
+    """What each method took of the dense MACs, the largest first."""
+    largest = sorted(shares.items(), key=lambda s: -s[1])
+    return ", ".join(f"{name} {100 * share:.0f}" for name, share in largest) or MISSING
 
 
 def _plain(value: Any) -> Any:
     """Tuples as lists, a point as a mapping: as JSON would give it back."""
     if isinstance(value, Point):
         return {k: _plain(v) for k, v in asdict(value).items()}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

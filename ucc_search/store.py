@@ -54,7 +54,11 @@ class TrialRow:
     cascade: str = ""
     distiller: str = ""
     importance: str = ""  # where widths or depth were pruned
-    saved_by: dict[str, float] = field(default_factory=dict)  # share of the dense MACs, by method
+    saved_tokens: float | None = None  # share of the dense MACs that cutting tokens took (costs.saved_macs)
+    saved_widths: float | None = None
+    saved_depth: float | None = None
+    saved_ranks: float | None = None
+    saved_unread: float | None = None  # work on tokens that nothing reads
     components: dict[str, Any] = field(default_factory=dict)  # kind to name and parameters
     identities: dict[str, Any] = field(default_factory=dict)  # kind to package, version and hash
     params_searched: dict[str, Any] = field(default_factory=dict)
