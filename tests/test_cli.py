@@ -142,7 +142,12 @@ WRONG = {
     ),
     "budget too small": (
         (*SEARCH, "--budget", "macs=5%"),
-        ["budget macs=5%", "reachable are", "% to 100% of", "raise the budget or lower space.keep_ratio.low"],
+        [
+            "budget macs=5%",
+            "reachable are",
+            "% to 100% of",
+            "raise the budget, lower space.keep_ratio.low or",
+        ],
     ),
     "budget no number": ((*SEARCH, "--budget", "macs=abc"), ["budget.macs is 'abc'", "such as 2.1G"]),
     "budget 0%": ((*SEARCH, "--budget", "macs=0%"), ["budget.macs is '0%'", "above 0% and up to 100%"]),

@@ -13,6 +13,7 @@ from tiny import tiny_config
 
 from ucc_search import estimate, workbench, worker
 from ucc_search.analysis import pareto_front
+from ucc_search.builtin import importances
 from ucc_search.campaign import promoted
 from ucc_search.costs import cost
 from ucc_search.data import load_data
@@ -22,6 +23,8 @@ from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
 from ucc_search.runner import Interrupted, exit_code, search
 from ucc_search.runs import Run
+from ucc_search.saving import load_model
+from ucc_search.scoring import score_units
 from ucc_search.store import TrialRow
 
 KINDS = ("scorer", "aggregator", "cascade")
@@ -434,3 +437,76 @@ def test_ray_tune_and_deepspeed_carry_out_a_run_on_warm_workers(tmp_path):
     training = (tmp_path / "training").read_text(encoding="utf-8").splitlines()
     assert training == [f"{workers[0]} True"] * 2, "both steps by DeepSpeed, in that process"
     assert not (run.path / "ray").exists()
+
+
+# Widths and depth
+
+
+WIDTHS = {"attention": {"low": 0.5}, "mlp": {"low": 0.25}, "embed": {"low": 0.5}, "depth": {"low": 0.5}}
+UNIFORM = {
+    "name": "uniform",
+    "cascade": "keep_all",
+    "widths": {"attention": {"low": 0.25}, "mlp": {"low": 0.25}},
+}
+
+
+def test_tokens_and_widths_are_searched_under_one_budget(tmp_path):
+    config = tiny_config(
+        budget={"macs": ["50%"]},
+        data={"proxy": 40},
+        space={"widths": WIDTHS, "importance": ["fisher", "random"]},
+        search={"trials": 8, "promote": 1},
+        baselines=[UNIFORM, {**UNIFORM, "name": "scratch", "weights": "random"}],
+    )
+    run = search(config, out=tmp_path / "run")
+    assert [r.error for r in run.rows if r.state != "ok"] == []
+    assert pareto_front(run.rows)
+    searched = [r for r in run.rows if r.origin == "search"]
+    assert all(r.feasible and r.macs <= r.limit_macs for r in searched)
+    assert any(r.saved_tokens and r.saved_widths for r in searched), "no trial mixed the methods"
+    for row in searched:
+        parts = [row.saved_tokens, row.saved_widths, row.saved_depth, row.saved_ranks, row.saved_unread]
+        assert sum(parts) == pytest.approx(1 - row.macs_ratio, abs=1e-9)
+    uniform = next(r for r in run.rows if r.method == "uniform")
+    assert uniform.importance == "fisher" and uniform.saved_tokens == 0.0
+
+
+def test_a_pyramid_is_searched_by_its_widths(tmp_path):
+    args = {"embed_dims": [8, 8, 16, 16], "num_heads": [1, 2, 2, 4], "depths": [2, 1, 1, 1]}
+    config = tiny_config(
+        model={"name": "pvt_v2_b0", "args": args, "checkpoint": "auto"},
+        data={"image_size": 32, "proxy": 20},
+        budget={"macs": ["60%"]},
+        space={"cascade": "keep_all", "widths": WIDTHS, "distiller": "features", "keep_ratio": {"low": 0.2}},
+        search={"trials": 2, "promote": 1},
+        teacher={"engine": "torch", "steps": 2, "batch_size": 32},
+    )
+    run = search(config, out=tmp_path / "run")
+    trained = [r for r in run.rows if r.rung == "train" and r.origin == "search"]
+    assert trained and all(r.state == "ok" and r.saved_widths for r in trained)
+    model = load_model(run.path / "trials" / str(trained[0].id))
+    assert sum(p.numel() for p in model.parameters()) == trained[0].params
+
+
+def test_fixed_methods_alone_need_no_search(tmp_path):
+    half = {"name": "half", "cascade": "keep_all", "importance": "magnitude", "widths": {"mlp": 0.5}}
+    config = tiny_config(
+        budget={"macs": ["90%"]},
+        search={"trials": 0, "fidelity": "train"},
+        baselines=[half],
+    )
+    run = search(config, out=tmp_path / "run")
+    assert Counter(r.method for r in run.rows) == {"half": 1, "dense": 1}
+    plan = saved_plan(run, run.rows[0])
+    assert [b.mlp_hidden for b in plan.blocks] == [b.mlp_hidden // 2 for b in plan.shape.blocks]
+
+
+def test_scores_are_measured_once_and_shown(tmp_path, monkeypatch):
+    config = tiny_config(data={"proxy": 20}, space={"widths": {"mlp": {"low": 0.5}}, "importance": "kl"})
+    found = score_units(config, Plugins.load())
+    (groups,) = found.values()
+    assert set(groups) == {f"mlp {i}" for i in range(4)}
+    assert all(g["max"] >= g["median"] >= g["min"] for g in groups.values())
+    monkeypatch.setattr(workbench, "_benches", {})
+    monkeypatch.setattr(importances.KL, "score", lambda *_: pytest.fail("measured again"))
+    assert score_units(config, Plugins.load()) == found

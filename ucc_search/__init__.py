@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ucc_search.compression import compress, shape_of
     from ucc_search.config import load_config
     from ucc_search.costs import Cost, cost
+    from ucc_search.detection import Backbone, detector
     from ucc_search.errors import UserError
     from ucc_search.hookspecs import hookimpl
     from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Scorer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Aggregator": "interfaces",
+    "Backbone": "detection",
     "Cascade": "interfaces",
     "Components": "interfaces",
     "CompressionPlan": "plan",
@@ -36,6 +38,7 @@ _HOMES = {
     "UserError": "errors",
     "compress": "compression",
     "cost": "costs",
+    "detector": "detection",
     "hookimpl": "hookspecs",
     "load_config": "config",
     "load_model": "saving",
@@ -46,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "Aggregator",
+    "Backbone",
     "Cascade",
     "Components",
     "CompressionPlan",
@@ -58,6 +62,7 @@ __all__ = [
     "UserError",
     "compress",
     "cost",
+    "detector",
     "hookimpl",
     "load_config",
     "load_model",

@@ -107,7 +107,7 @@ def project(
     strongest = at(1.0)
     if not fits(strongest):
         dense = cost(CompressionPlan.identity(plan.shape))
-        raise unreachable(budget, cost(strongest, components), dense, narrows=bool(widths))
+        raise unreachable(budget, cost(strongest, components), dense, _advice(plan, narrows=bool(widths)))
     weakest = at(0.0)
     if fits(weakest):
         return weakest
@@ -115,10 +115,12 @@ def project(
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(at(middle)) else (middle, high)
-    found = at(high)
-    if widths:
-        found = _widen(found, widths, fits)
-    return _fill(found, profile(high), fits)
+    found, before, real = at(high), None, profile(high)
+    while found != before:
+        # Tokens given back may end a cut, and what scoring it cost pays for another step of width.
+        before = found
+        found = _fill(_widen(found, widths, fits) if widths else found, real, fits)
+    return found
 
 
 def _widen(plan: CompressionPlan, widths: Widths, fits: Callable[[CompressionPlan], bool]) -> CompressionPlan:
@@ -190,18 +192,21 @@ def _one_more(plan: CompressionPlan, first: int, end: int) -> CompressionPlan | 
     return more if more.tokens != plan.tokens else None
 
 
-def unreachable(budget: Budget, smallest: Cost, dense: Cost, *, narrows: bool) -> BudgetError:
+def unreachable(budget: Budget, smallest: Cost, dense: Cost, advice: str) -> BudgetError:
     """Names the reachable range and what to do."""
     if budget.max_params is not None and smallest.params > budget.max_params:
-        advice = "or lower the bounds of space.widths" if narrows else "as pruning tokens removes none"
         return BudgetError(
             f"budget {budget.label}: {format_params(budget.max_params)} is below the smallest plan's "
-            f"{format_params(smallest.params)}; raise budget.params, {advice}"
+            f"{format_params(smallest.params)}; pruning tokens removes no parameters: {advice}"
         )
     share = 100 * smallest.macs / dense.macs
     return BudgetError(
         f"budget {budget.label}: {format_macs(budget.max_macs or 0)} is below the smallest plan's "
-        f"{format_macs(smallest.macs)}; reachable are {share:.1f}% to 100% of {format_macs(dense.macs)}; "
-        "raise the budget or lower space.keep_ratio.low"
-        + (" or the bounds of space.widths" if narrows else "")
+        f"{format_macs(smallest.macs)}; reachable are {share:.1f}% to 100% of {format_macs(dense.macs)}; {advice}"
     )
+
+
+def _advice(plan: CompressionPlan, *, narrows: bool) -> str:
+    tokens = [] if plan.shape.stages else ["lower space.keep_ratio.low"]
+    widths = "lower the bounds of space.widths" if narrows else "give space.widths ranges"
+    return ", ".join(["raise the budget", *tokens]) + f" or {widths}"

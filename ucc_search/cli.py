@@ -224,6 +224,28 @@ def train_teacher(
     teacher_for_command(config, out, log=_echo)
 
 
+@app.command()
+def importance(
+    space: Space,
+    plugin: PluginOption = None,
+    disable_plugin: Disable = None,
+    no_plugins: NoPlugins = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Score the units that the space file allows to be pruned. Kept on disk; an interrupted run goes on."""
+    config = _config(space, sets)
+    plugins = _plugins(config, plugin, disable_plugin, no_plugins)
+    from ucc_search.scoring import score_units, scores_text
+
+    try:
+        found = score_units(config, plugins, log=lambda line: typer.echo(line, err=True))
+    except KeyboardInterrupt:
+        typer.echo("interrupted; what was scored is kept, run it again to go on", err=True)
+        raise typer.Exit(3) from None
+    typer.echo(json.dumps(found, indent=1) if as_json else scores_text(found))
+
+
 @models.command()
 def inspect(
     name: Annotated[str, typer.Argument(help="A timm model name.", show_default=False)],

@@ -12,8 +12,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -93,7 +95,17 @@ class WidthRange(_Frozen):
         return self
 
 
-Width = Annotated[float, Field(gt=0.0, le=1.0)] | WidthRange
+_TAGS = ("function-number", "function-range")  # in the place of an error, but not in the file
+
+
+def _width_tag(value: Any) -> str:
+    return _TAGS[isinstance(value, Mapping | WidthRange)]
+
+
+Width = Annotated[
+    Annotated[float, Field(gt=0.0, le=1.0), Tag(_TAGS[0])] | Annotated[WidthRange, Tag(_TAGS[1])],
+    Discriminator(_width_tag),
+]
 
 
 class WidthsConfig(_Frozen):
@@ -511,7 +523,7 @@ def _allowed_keys(location: Sequence[Any]) -> list[str]:
     """Field names of the model at this place, following annotations through optionals and tuples."""
     model: type[BaseModel] = RunConfig
     for part in location:
-        if isinstance(part, int):
+        if isinstance(part, int) or str(part) in _TAGS:
             continue
         field = model.model_fields.get(str(part))
         nested = _models_in(field.annotation) if field else []

@@ -209,7 +209,13 @@ class Distiller(Component):
     """True: outputs carry the penultimate feature, which the classifier reads; its width is `embed_dim`."""
 
     def blocks(self, context: DistillContext) -> tuple[Sequence[int], Sequence[int]]:
-        """Indices of the student's and the teacher's blocks whose tokens the losses need."""
+        """Indices of the student's and the teacher's blocks whose tokens the losses need.
+
+        Asked before a run as well, without torch.
+
+        Raises:
+            ValueError: the distiller cannot serve this model.
+        """
         return (), ()
 
     def build(self, context: DistillContext) -> Callable[..., Mapping[str, Tensor]] | nn.Module:

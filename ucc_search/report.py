@@ -212,7 +212,7 @@ def _front_row(point: Point, scale: float, is_knee: bool) -> tuple[str, ...]:
         _accuracy(point),
         _hundredths(point.test_accuracy),
         _number(point.kl),
-        format_params(point.params),
+        format_params(point.params).removesuffix(" parameters"),
         _saved(point.saved),
         compact_tokens(point.tokens),
         MISSING if dense else _components(point),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import shutil
@@ -19,12 +18,10 @@ from ucc_search.campaign import Campaign, Job, describe
 from ucc_search.config import RunConfig, dump_config
 from ucc_search.environment import environment
 from ucc_search.errors import DataError
-from ucc_search.interfaces import ComponentRef
-from ucc_search.plan import ModelShape
 from ucc_search.plugins import Plugins
-from ucc_search.progress import progress_bar
 from ucc_search.runs import Run
-from ucc_search.schedule import Scheduler, check_budgets, scored_kinds
+from ucc_search.schedule import Scheduler, check_budgets
+from ucc_search.scoring import measure_importance, this_bench
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
 from ucc_search.store import RunStore
@@ -64,7 +61,7 @@ def search(
     shape = model_shape(config)
     space = SearchSpace.of(config.space, shape, plugins)
     check_budgets(config, Scheduler(config, shape, plugins), space, plugins)
-    here = functools.partial(_bench, config, plugins)
+    here = functools.partial(this_bench, config, plugins)
     scheduler = Scheduler(config, shape, plugins, _bench_evaluate(here), lambda ref: here().depth_order(ref))
     if resume:
         store = RunStore.resume(path, config)
@@ -76,7 +73,7 @@ def search(
         campaign = Campaign(config, plugins, scheduler, space, store)
         start = time.monotonic()
         try:
-            _score_units(config, here, shape, log)
+            measure_importance(config, plugins, shape, log)
             if config.search.executor == "ray":
                 _run_on_ray(campaign, log)
             else:
@@ -118,25 +115,9 @@ def _prepare_teacher(config: RunConfig, log: Log) -> None:
         )
 
 
-def _bench(config: RunConfig, plugins: Plugins) -> Workbench:
-    """This process's bench, for what must be measured before a plan can be made."""
-    from ucc_search.workbench import warm_bench
-
-    return warm_bench(dump_config(config), plugins.sources, plugins.disabled)
-
-
 def _bench_evaluate(bench: Callable[[], Workbench]) -> Callable[..., Any]:
     """Loads the model in this process only if a cascade must be calibrated."""
     return lambda parts, plan: bench().calibrated_accuracy(parts, plan)
-
-
-def _score_units(config: RunConfig, bench: Callable[[], Workbench], shape: ModelShape, log: Log) -> None:
-    """Importance is measured once, before the trials that all need it; workers read it from the cache."""
-    for key in scored_kinds(config, shape):
-        ref, started = ComponentRef.from_dict(json.loads(key)), time.monotonic()
-        with progress_bar(f"importance {ref.name}") as progress:
-            bench().scores(ref, progress)
-        log(f"importance by {ref.name}: {time.monotonic() - started:.1f} s")
 
 
 def _task_maker(campaign: Campaign, threads: int) -> Callable[[Job], dict[str, Any]]:

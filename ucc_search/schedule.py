@@ -9,7 +9,13 @@ from ucc_search.budget import Budget, budgets, project, whole_tokens, with_token
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import BudgetError, PluginError
-from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Components, ScheduleRequest
+from ucc_search.interfaces import (
+    INFERENCE_KINDS,
+    ComponentRef,
+    Components,
+    DistillContext,
+    ScheduleRequest,
+)
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.space import KINDS, Candidate, SearchSpace, spares_last_block
@@ -118,23 +124,38 @@ def scored_kinds(config: RunConfig, shape: ModelShape) -> dict[str, set[str]]:
 
 
 def check_budgets(config: RunConfig, scheduler: Scheduler, space: SearchSpace, plugins: Plugins) -> None:
-    """Refuse a run some part of which could never meet a budget, before anything is measured.
+    """Refuse a run some part of which could never be made, before anything is measured.
 
     Raises:
-        BudgetError: naming the reachable range.
+        BudgetError: a budget is out of reach, naming the reachable range.
+        PluginError: a component does not fit the model.
     """
+    searched = space.corners() if config.search.trials else []
+    baselines = {b.name: candidate_of(b) for b in config.baselines}
+    for candidate in [*searched, *baselines.values()]:
+        _check_training(candidate, scheduler.base, plugins)
     for budget in scheduler.budgets:
-        for candidate in space.corners() if config.search.trials else ():
-            cascade = plugins.build("cascade", candidate.components["cascade"])
-            if not cascade.needs_model:
+        for candidate in searched:
+            if not _needs_model(candidate, plugins):
                 scheduler.plan(candidate, budget)
-        for baseline in config.baselines:
-            candidate = candidate_of(baseline)
-            for kind in ("distiller", "importance"):
-                plugins.build(kind, candidate.components[kind])
-            if plugins.build("cascade", candidate.components["cascade"]).needs_model:
-                continue
+        for name, candidate in baselines.items():
             try:
-                scheduler.plan(candidate, budget)
+                if not _needs_model(candidate, plugins):
+                    scheduler.plan(candidate, budget)
             except BudgetError as error:
-                raise BudgetError(f"baseline {baseline.name!r}: {error}, or leave the baseline out") from None
+                raise BudgetError(f"baseline {name!r}: {error}, or leave the baseline out") from None
+
+
+def _needs_model(candidate: Candidate, plugins: Plugins) -> bool:
+    needs: bool = plugins.build("cascade", candidate.components["cascade"]).needs_model
+    return needs
+
+
+def _check_training(candidate: Candidate, plan: CompressionPlan, plugins: Plugins) -> None:
+    """That importance and distiller can be built, and that the distiller serves this model."""
+    plugins.build("importance", candidate.components["importance"])
+    ref = candidate.components["distiller"]
+    try:
+        plugins.build("distiller", ref).blocks(DistillContext(plan, plan.shape))
+    except ValueError as error:
+        raise PluginError(f"distiller {ref.name!r}: {error}") from None

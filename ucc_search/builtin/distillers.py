@@ -130,6 +130,11 @@ class TwoLevel(Distiller):
         return progress < self.switch, progress >= self.switch
 
     def blocks(self, context: DistillContext) -> tuple[Sequence[int], Sequence[int]]:
+        if context.teacher.stages:
+            raise ValueError(
+                f"two_level compares tokens on one grid, and {context.teacher.name} has several; use the distiller "
+                "logits or features"
+            )
         shallow = self._shallow(context)
         return (*shallow, self._deep(context)), (*shallow, context.teacher.depth - 1)
 
@@ -142,11 +147,6 @@ class TwoLevel(Distiller):
         return max((i for i in present if head_block is None or i < head_block), default=0)
 
     def build(self, context: DistillContext) -> nn.Module:
-        if context.teacher.stages:
-            raise ValueError(
-                f"two_level compares tokens on one grid, and {context.teacher.name} has several; use the distiller "
-                "logits or features"
-            )
         return _two_level_losses(self, context, self._shallow(context), self._deep(context))
 
 

@@ -115,6 +115,8 @@ def _replace_blocks(
                 carries=carries,
             )
         )
+    # timm names features by position, `blocks.0` first.
+    del model.feature_info[len(blocks) :]
     if not carries:
         model.blocks = nn.Sequential(*blocks)
     else:
