@@ -1,8 +1,8 @@
-"""Shapes of the DeiT family, written by hand: tests of plans and costs need no model."""
+"""Shapes of the DeiT and PVTv2 families, written by hand: tests of plans and costs need no model."""
 
 from __future__ import annotations
 
-from ucc_search.plan import AffineCost, BlockShape, ModelShape
+from ucc_search.plan import AffineCost, BlockShape, ModelShape, StageShape
 
 _WIDTH = {"tiny": 192, "small": 384, "base": 768}
 
@@ -28,6 +28,50 @@ def deit_shape(size: str) -> ModelShape:
         stem=AffineCost(macs_per_channel=196 * pixels, params_per_channel=pixels + 1 + 1 + 197),
         # Final norm (2 vectors) and classifier.
         head=AffineCost(macs_per_channel=1000, params=1000, params_per_channel=2 + 1000),
+    )
+
+
+_PYRAMID = {  # blocks and embedding of every stage
+    "b0": ((2, 2, 2, 2), (32, 64, 160, 256)),
+    "b1": ((2, 2, 2, 2), (64, 128, 320, 512)),
+    "b2": ((3, 4, 6, 3), (64, 128, 320, 512)),
+}
+
+
+def pvt_shape(size: str) -> ModelShape:
+    """PVTv2 of this size: four resolutions, images of 224, 1000 classes."""
+    depths, dims = _PYRAMID[size]
+    blocks: list[BlockShape] = []
+    heads, ratios, strides = (1, 2, 5, 8), (8, 8, 4, 4), (8, 4, 2, 1)
+    for depth, dim, head, ratio, stride in zip(depths, dims, heads, ratios, strides, strict=True):
+        # The strides leave 7 x 7 keys in every stage.
+        blocks += depth * [
+            BlockShape(
+                heads=head,
+                qk_dim=dim // head,
+                v_dim=dim // head,
+                mlp_hidden=ratio * dim,
+                kv_reduction=stride,
+                kv_tokens=49 if stride > 1 else 0,
+                mlp_kernel=9,
+            )
+        ]
+    grids = [(side, side) for side in (56, 28, 14, 7)]
+    return ModelShape(
+        name=f"pvt_v2_{size}",
+        image_size=(224, 224),
+        channels=3,
+        classes=1000,
+        grid=grids[0],
+        prefix_tokens=0,
+        class_token=False,
+        embed_dim=dims[-1],
+        pool="avg",
+        head_tokens=0,
+        blocks=tuple(blocks),
+        stem=AffineCost(),
+        head=AffineCost(macs_per_channel=1000, params=1000, params_per_channel=1000),
+        stages=tuple(map(StageShape, grids, dims, depths, (49, 9, 9, 9))),
     )
 
 

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from ucc_search.detection import Backbone, detector
     from ucc_search.errors import UserError
     from ucc_search.hookspecs import hookimpl
-    from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Scorer
+    from ucc_search.importance import unit_scores
+    from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Importance, Scorer
     from ucc_search.plan import CompressionPlan, ModelShape
     from ucc_search.plugins import Plugins
     from ucc_search.runner import search
     from ucc_search.runs import Run, load_run
     from ucc_search.saving import load_model
+    from ucc_search.widths import towards
 
 _HOMES = {
     "Aggregator": "interfaces",
@@ -31,6 +33,7 @@ _HOMES = {
     "CompressionPlan": "plan",
     "Cost": "costs",
     "Distiller": "interfaces",
+    "Importance": "interfaces",
     "ModelShape": "plan",
     "Plugins": "plugins",
     "Run": "runs",
@@ -45,6 +48,8 @@ _HOMES = {
     "load_run": "runs",
     "search": "runner",
     "shape_of": "compression",
+    "towards": "widths",
+    "unit_scores": "importance",
 }
 
 __all__ = [
@@ -55,6 +60,7 @@ __all__ = [
     "CompressionPlan",
     "Cost",
     "Distiller",
+    "Importance",
     "ModelShape",
     "Plugins",
     "Run",
@@ -69,6 +75,8 @@ __all__ = [
     "load_run",
     "search",
     "shape_of",
+    "towards",
+    "unit_scores",
 ]
 
 

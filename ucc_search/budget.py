@@ -112,7 +112,7 @@ def project(
     if fits(weakest):
         return weakest
     low, high = 0.0, 1.0  # `low` does not fit, `high` does
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if fits(at(middle)) else (middle, high)
     found, before, real = at(high), None, profile(high)

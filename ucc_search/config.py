@@ -86,7 +86,7 @@ class WidthRange(_Frozen):
     low: float = Field(0.25, gt=0.0, le=1.0)
     high: float = Field(1.0, gt=0.0, le=1.0)
     multiple: int | None = Field(None, ge=1)
-    """Widths are multiples of this; by default 8, for channels per head 4, for heads 1."""
+    """Widths are multiples of this; by default 8, for channels and ranks per head 4, for heads 1."""
 
     @model_validator(mode="after")
     def _ordered(self) -> WidthRange:
@@ -109,7 +109,7 @@ Width = Annotated[
 
 
 class WidthsConfig(_Frozen):
-    """Structural pruning (UP-ViT): what may become narrower. A number is fixed, a range follows the budget."""
+    """What may become narrower (UP-ViT) or of lower rank (COMCAT). A number is fixed, a range follows the budget."""
 
     embed: Width = 1.0
     """Embedding channels, the same in all layers (of a stage)."""
@@ -120,6 +120,20 @@ class WidthsConfig(_Frozen):
     """Hidden units."""
     depth: Width = 1.0
     """Blocks; the least important half-steps leave first."""
+    qk_rank: Width = 1.0
+    """Rank of each head's query-key product; in place of `attention`, of what is left after the others."""
+    v_rank: Width = 1.0
+    """Rank of each head's value-output product."""
+    mlp_rank: Width = 1.0
+    """Rank of the MLP's matrices, as a fraction of the rank at which two thin ones cost as much as one."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> WidthsConfig:
+        if self.attention != 1.0 and (self.qk_rank != 1.0 or self.v_rank != 1.0):
+            raise ValueError(
+                "channels per head are either selected (attention) or factorised (qk_rank, v_rank), not both"
+            )
+        return self
 
 
 def _component_list(value: Any) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ucc_search.plan import BlockPlan, BlockShape, CompressionPlan
+from ucc_search.plan import WHOLE_FIELDS, BlockPlan, BlockShape, CompressionPlan
 
 if TYPE_CHECKING:
     from ucc_search.interfaces import Components
@@ -145,6 +145,7 @@ _METHODS = {
     "unread": ("head_tokens_only",),
 }
 """The fields of a plan by the method that changes them."""
+_RANKS = ("qk_dim", "v_dim")  # where attention is factorised
 
 
 def saved_macs(plan: CompressionPlan, components: Components) -> dict[str, float]:
@@ -158,11 +159,15 @@ def saved_macs(plan: CompressionPlan, components: Components) -> dict[str, float
         that nothing reads). What scoring and merging cost is charged to the tokens.
     """
     dense = CompressionPlan.identity(plan.shape)
-    used = [m for m, fields in _METHODS.items() if _taken(dense, plan, fields) != dense]
+    methods = dict(_METHODS)
+    if plan.low_rank_attention:
+        methods["widths"] = tuple(f for f in methods["widths"] if f not in _RANKS)
+        methods["ranks"] = (*methods["ranks"], *_RANKS)
+    used = [m for m, fields in methods.items() if _taken(dense, plan, fields) != dense]
     price: dict[frozenset[str], int] = {}
     for size in range(len(used) + 1):
         for group in map(frozenset, itertools.combinations(used, size)):
-            fields = [f for m in group for f in _METHODS[m]]
+            fields = [f for m in group for f in methods[m]]
             price[group] = cost(_taken(dense, plan, fields), components).macs
     saved = dict.fromkeys(_METHODS, 0.0)
     for order in itertools.permutations(used):
@@ -174,6 +179,6 @@ def saved_macs(plan: CompressionPlan, components: Components) -> dict[str, float
 
 def _taken(dense: CompressionPlan, plan: CompressionPlan, fields: Sequence[str]) -> CompressionPlan:
     """The dense plan with these fields of another."""
-    whole = {f: getattr(plan, f) for f in fields if f in ("embed_dims", "head_tokens_only")}
+    whole = {f: getattr(plan, f) for f in fields if f in WHOLE_FIELDS}
     blocks = {f: [getattr(b, f) for b in plan.blocks] for f in fields if f not in whole}
     return dense.replace(**whole, **blocks)

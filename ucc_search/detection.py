@@ -173,6 +173,7 @@ def detector(
     """
     if kind not in _KINDS:
         raise ModelError(f"kind is {kind!r}, expected one of {', '.join(_KINDS)}{did_you_mean(kind, _KINDS)}")
+    strides: tuple[int, ...]
     extra: ExtraFPNBlock
     sizes: tuple[tuple[int, ...], ...]
     if kind == "retinanet":

@@ -23,6 +23,7 @@ from ucc_search.plan import ModelShape, UnitGroup
 from ucc_search.shapes import cache_folder
 
 _ROWS = 500  # images times deletions in one forward pass
+_MEASURE = 2  # raise it when equal arguments no longer give equal scores: older caches then lapse
 Progress = Callable[[int, int, str], None]
 """Called with groups done, groups in all, and what is next."""
 
@@ -195,7 +196,7 @@ def _checked(scores: Tensor, group: UnitGroup, name: str) -> Tensor:
 
 
 def _digest(model: nn.Module, shape: ModelShape, images: Sequence[Tensor], identity: object) -> str:
-    digest = hashlib.sha256(json.dumps([identity, shape.to_dict()], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([_MEASURE, identity, shape.to_dict()], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

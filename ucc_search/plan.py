@@ -177,6 +177,7 @@ class BlockPlan:
         return self.attention or self.mlp
 
 
+WHOLE_FIELDS = ("embed_dims", "head_tokens_only", "low_rank_attention")
 _PER_BLOCK = tuple(f.name for f in fields(BlockPlan))
 
 
@@ -193,6 +194,10 @@ class CompressionPlan:
 
     Exact: outputs are those of the full block. Possible where the head reads the class token.
     """
+
+    low_rank_attention: bool = False
+    """`qk_dim` and `v_dim` are ranks, to which each head's products are factorised (COMCAT); else they are
+    channels, of which the most important are selected (UP-ViT)."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -211,23 +216,28 @@ class CompressionPlan:
 
         Args:
             changes: `embed_dim` (of a model of one resolution), `embed_dims` (one per stage),
-                `head_tokens_only`, or any field of `BlockPlan`; a block field takes one value for
+                `head_tokens_only`, `low_rank_attention`, or any field of `BlockPlan`; a block field takes one value for
                 all blocks or a sequence with one value per block.
         """
-        whole = {k: changes.pop(k) for k in ("embed_dims", "head_tokens_only") if k in changes}
+        whole = {k: changes.pop(k) for k in WHOLE_FIELDS if k in changes}
         if "embed_dim" in changes:
             whole["embed_dims"] = (changes.pop("embed_dim"),)
-        blocks = list(self.blocks)
-        for name, value in changes.items():
-            if name not in _PER_BLOCK:
-                raise PlanError(f"a plan has no field {name!r}, expected one of {', '.join(_PER_BLOCK)}")
-            values = value if isinstance(value, Sequence) else [value] * len(blocks)
-            if len(values) != len(blocks):
-                raise PlanError(
-                    f"{name} has {len(values)} values, expected {len(blocks)} (one per block of {self.shape.name})"
-                )
-            blocks = [replace(b, **{name: v}) for b, v in zip(blocks, values, strict=True)]
+        columns = {name: self._column(name, value) for name, value in changes.items()}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        blocks = (
+            [replace(b, **row) for b, row in zip(self.blocks, rows, strict=True)] if rows else self.blocks
+        )
         return replace(self, blocks=tuple(blocks), **whole)
+
+    def _column(self, name: str, value: Any) -> Sequence[Any]:
+        if name not in _PER_BLOCK:
+            raise PlanError(f"a plan has no field {name!r}, expected one of {', '.join(_PER_BLOCK)}")
+        values = value if isinstance(value, Sequence) else [value] * len(self.blocks)
+        if len(values) != len(self.blocks):
+            raise PlanError(
+                f"{name} has {len(values)} values, expected {len(self.blocks)} (one per block of {self.shape.name})"
+            )
+        return values
 
     @property
     def embed_dim(self) -> int:
@@ -259,7 +269,8 @@ class CompressionPlan:
         """Canonical text of the integers: equal keys are equal architectures."""
         numbers = [[getattr(b, name) for name in _PER_BLOCK] for b in self.blocks]
         width = self.embed_dims if len(self.embed_dims) > 1 else self.embed_dim
-        return json.dumps([width, self.head_tokens_only, numbers], separators=(",", ":"))
+        flags = [self.head_tokens_only] + [True] * self.low_rank_attention
+        return json.dumps([width, *flags, numbers], separators=(",", ":"))
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": PLAN_FORMAT, **asdict(self)}
@@ -279,6 +290,7 @@ class CompressionPlan:
             tuple(data["embed_dims"]) if "embed_dims" in data else (data["embed_dim"],),
             tuple(BlockPlan(**b) for b in data["blocks"]),
             data["head_tokens_only"],
+            data.get("low_rank_attention", False),
         )
 
     @classmethod
@@ -316,6 +328,7 @@ def _check(plan: CompressionPlan) -> None:
                 "(tokens never grow with depth)"
             )
         _check_widths(f"blocks[{i}]", block, full)
+        _check_ranks(f"blocks[{i}]", plan, i)
 
 
 def _check_embed_dims(plan: CompressionPlan) -> None:
@@ -355,3 +368,22 @@ def _check_widths(where: str, block: BlockPlan, full: BlockShape) -> None:
                 f"{where}.qk_dim is {value}, expected {full.qk_dim}: the norm of queries and keys is shared by "
                 "all heads, so heads cannot keep different channels"
             )
+
+
+def _check_ranks(where: str, plan: CompressionPlan, index: int) -> None:
+    block, full = plan.blocks[index], plan.shape.blocks[index]
+    if block.mlp_rank is not None:
+        most = min(block.mlp_hidden, plan.embed_dims[plan.shape.stage_of[index]])
+        if not 1 <= block.mlp_rank <= most:
+            raise PlanError(f"{where}.mlp_rank is {block.mlp_rank}, expected 1 to {most}, or None for dense")
+    if not plan.low_rank_attention:
+        return
+    for name, value, most in (("qk_dim", block.qk_dim, full.qk_dim), ("v_dim", block.v_dim, full.v_dim)):
+        if value > most:
+            raise PlanError(f"{where}.{name} is {value}, expected a rank of 1 to {most}")
+    if full.attn_norm_vectors and block.v_dim != full.v_dim:
+        raise PlanError(
+            f"{where}.v_dim is {block.v_dim}, expected {full.v_dim}: a norm stands in the product"
+        )
+    if full.qkv_bias and not full.proj_bias:
+        raise PlanError(f"{where}: attention with a bias of values but none of its output is not factorised")

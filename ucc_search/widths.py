@@ -1,4 +1,4 @@
-"""Widths and depth as ratios: from what a space file allows to integers of a plan. No torch."""
+"""Widths, depth and ranks as ratios: from what a space file allows to integers of a plan. No torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from ucc_search.errors import PlanError
 from ucc_search.plan import BlockPlan, BlockShape, CompressionPlan, ModelShape
 from ucc_search.strength import power
 
-KINDS = ("embed", "heads", "attention", "mlp", "depth")
-_MULTIPLES = {"embed": 8, "heads": 1, "attention": 4, "mlp": 8, "depth": 1}
+_RANKS = ("qk_rank", "v_rank", "mlp_rank")
+KINDS = ("embed", "heads", "attention", "mlp", "depth", *_RANKS)
+_MULTIPLES = {
+    **{"embed": 8, "heads": 1, "attention": 4, "mlp": 8, "depth": 1},
+    **{"qk_rank": 4, "v_rank": 4, "mlp_rank": 8},
+}
 
 Ratios = Mapping[str, float]
 """Kept fraction by name: `embed.0`, `heads.3`, `mlp.11`, `depth`."""
@@ -53,7 +57,7 @@ class Widths:
 
     def kinds_scored(self) -> set[str]:
         """Kinds of unit groups (`UnitGroup`) whose importance decides something."""
-        kinds = {k for k in KINDS if self._setting(k) != 1.0}
+        kinds = {k for k in KINDS if self._setting(k) != 1.0 and k not in _RANKS}
         return {"attention" if k == "heads" else k for k in kinds}
 
     def at(self, base: CompressionPlan, ratios: Ratios | None, strength: float) -> CompressionPlan:
@@ -87,8 +91,16 @@ class Widths:
         kind, index = _split(name)
         if kind == "embed":
             return plan.embed_dims[index] / self.shape.embed_dims[index]
+        block = plan.blocks[index]
+        if kind == "mlp_rank":
+            return 1.0 if block.mlp_rank is None else block.mlp_rank / self._dense_rank(plan, index)
         key = _FIELD[kind]
-        return float(getattr(plan.blocks[index], key) / getattr(self.shape.blocks[index], key))
+        return float(getattr(block, key) / getattr(self.shape.blocks[index], key))
+
+    def _dense_rank(self, plan: CompressionPlan, index: int) -> int:
+        """The rank at which two thin matrices of this block's MLP cost what the dense one does."""
+        dim, hidden = plan.embed_dims[self.shape.stage_of[index]], plan.blocks[index].mlp_hidden
+        return max(1, dim * hidden // (dim + hidden))
 
     def _blocks_left(self, plan: CompressionPlan) -> int:
         return math.ceil(sum(b.attention + b.mlp for b in plan.blocks) / 2)
@@ -110,9 +122,22 @@ class Widths:
             dims[index] = min(self.shape.embed_dims[index], (dims[index] // step + 1) * step)
             return plan.replace(embed_dims=tuple(dims))
         block, full = plan.blocks[index], self.shape.blocks[index]
+        if kind == "mlp_rank":
+            assert block.mlp_rank is not None  # its ratio is below one
+            rank = (block.mlp_rank // step + 1) * step
+            dense = rank >= self._dense_rank(plan, index)
+            return _with_block(plan, index, {"mlp_rank": None if dense else rank})
         most = getattr(full, _FIELD[kind])
         wider = min(most, (getattr(block, _FIELD[kind]) // step + 1) * step)
-        return _with_block(plan, index, _fields(kind, wider))
+        return self._marked(_with_block(plan, index, _fields(kind, wider)))
+
+    def _marked(self, plan: CompressionPlan) -> CompressionPlan:
+        """Attention is factorised where ranks may fall and some have; a full rank is the dense layer."""
+        if self._setting("qk_rank") == 1.0 and self._setting("v_rank") == 1.0:
+            return plan
+        pairs = zip(plan.blocks, self.shape.blocks, strict=True)
+        lower = any((b.qk_dim, b.v_dim) != (f.qk_dim, f.v_dim) for b, f in pairs)
+        return plan.replace(low_rank_attention=lower)
 
     def _multiple(self, kind: str) -> int:
         setting = self._setting(kind)
@@ -130,12 +155,16 @@ class Widths:
         dims = tuple(units(f"embed.{i}", d) for i, d in enumerate(self.shape.embed_dims))
         changes: dict[str, list[int]] = {"heads": [], "qk_dim": [], "v_dim": [], "mlp_hidden": []}
         for i, full in enumerate(self.shape.blocks):
-            channels = units(f"attention.{i}", full.qk_dim)
             changes["heads"].append(units(f"heads.{i}", full.heads))
-            changes["qk_dim"].append(channels)
-            changes["v_dim"].append(channels)
+            for key, rank in (("qk_dim", "qk_rank"), ("v_dim", "v_rank")):
+                channels = units(f"attention.{i}", full.qk_dim)
+                changes[key].append(min(channels, units(f"{rank}.{i}", full.qk_dim)))
             changes["mlp_hidden"].append(units(f"mlp.{i}", full.mlp_hidden))
-        plan = base.replace(embed_dims=dims, **changes)
+        plan = self._marked(base.replace(embed_dims=dims, **changes))
+        if self._setting("mlp_rank") != 1.0:
+            dense = [self._dense_rank(plan, i) for i in range(self.shape.depth)]
+            ranks = [units(f"mlp_rank.{i}", full) for i, full in enumerate(dense)]
+            plan = plan.replace(mlp_rank=[r if r < d else None for r, d in zip(ranks, dense, strict=True)])
         return self._with_depth(plan, max(1, math.floor(kept["depth"] * self.shape.depth + 0.5)))
 
     def _with_depth(self, plan: CompressionPlan, blocks: int) -> CompressionPlan:
@@ -152,7 +181,10 @@ class Widths:
         return plan.replace(tokens_out=tokens, attention=halves[0], mlp=halves[1])
 
 
-_FIELD = {"heads": "heads", "attention": "qk_dim", "mlp": "mlp_hidden"}
+_FIELD = {
+    **{"heads": "heads", "attention": "qk_dim", "mlp": "mlp_hidden"},
+    **{"qk_rank": "qk_dim", "v_rank": "v_dim"},
+}
 
 
 def _fields(kind: str, value: int) -> dict[str, int]:

@@ -9,9 +9,10 @@ from torch import nn
 
 from ucc_search.builtin import default_components
 from ucc_search.compression.blocks import CascadeBlocks, CompressedBlock, checked_scores, set_tokens
+from ucc_search.compression.factorize import factorize
 from ucc_search.compression.inspect import capabilities, refusals, shape_of
-from ucc_search.compression.narrow import keep_stage_blocks, narrow
-from ucc_search.compression.selection import HeadsBy, Scores, Selection, narrows, select
+from ucc_search.compression.narrow import narrow, rebuild_stages
+from ucc_search.compression.selection import HeadsBy, Scores, Selection, narrows, select, unfactorized
 from ucc_search.compression.weights import magnitude
 from ucc_search.errors import PlanError
 from ucc_search.interfaces import Components, Site
@@ -30,7 +31,8 @@ def compress(
 ) -> nn.Module:
     """A new model realising `plan`; `model` is left untouched.
 
-    Widths are selected first, half-blocks leave, then the blocks that cut tokens are put in.
+    Units are selected first, then the products and matrices of what is left are factorised, then
+    half-blocks leave, and at last the blocks that cut tokens are put in.
 
     Args:
         model: a timm `VisionTransformer` or PVTv2.
@@ -50,8 +52,7 @@ def compress(
     """
     if scores is None:
         # Only groups that are narrowed need scores; most plans narrow none.
-        narrowed = narrows(plan)
-        scores = {(kind, i): magnitude(model, kind, i) for kind, i in narrowed} if narrowed else {}
+        scores = {(kind, i): magnitude(model, kind, i) for kind, i in narrows(plan)}
     return assemble(model, plan, components or default_components(), select(plan, scores, heads=heads))
 
 
@@ -70,9 +71,10 @@ def assemble(
     if plan == CompressionPlan.identity(shape):
         return small
     if narrows(plan):
-        narrow(small, plan, selection)
+        narrow(small, unfactorized(plan), selection)
+    factorize(small, plan)
     if shape.stages:
-        keep_stage_blocks(small, plan.present)
+        rebuild_stages(small, plan)
     else:
         _replace_blocks(small, plan, components, sites)
     # Scorers make buffers and parameters of their own, on the CPU.

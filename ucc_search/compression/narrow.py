@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +34,6 @@ def narrow(model: nn.Module, plan: CompressionPlan, selection: Selection) -> Non
         blocks_of(model), plan.blocks, selection.blocks, shape.blocks, shape.stage_of, strict=True
     ):
         _narrow_block(parts_of(block), part, full, selection.embed[stage], wanted)
-        if is_pyramid(model) and part.present:
-            block.attn = PyramidAttention(block.attn, part.heads, part.qk_dim, part.v_dim)
     for norms, channels in zip(stage_norms(model), selection.embed, strict=True):
         for norm in norms:
             keep_vectors(norm, channels)
@@ -98,10 +95,18 @@ def _fold_scale(projection: nn.Linear, queries: int, ratio: float) -> None:
                 part[:queries] *= math.sqrt(ratio)
 
 
-def keep_stage_blocks(model: nn.Module, present: Sequence[int]) -> None:
-    """Drop the blocks of a pyramid that are not among these indices."""
+def rebuild_stages(model: nn.Module, plan: CompressionPlan) -> None:
+    """Drop the blocks that a pyramid's plan leaves out, and give the others attention of free widths."""
     first = 0
     for stage in model.stages:
-        count = len(stage.blocks)
-        stage.blocks = nn.ModuleList(stage.blocks[i - first] for i in present if first <= i < first + count)
-        first += count
+        kept = []
+        for i, block in enumerate(stage.blocks, start=first):
+            part, full = plan.blocks[i], plan.shape.blocks[i]
+            if not part.present:
+                continue
+            same = (part.heads, part.qk_dim, part.v_dim) == (full.heads, full.qk_dim, full.v_dim)
+            if not same or plan.embed_dims != plan.shape.embed_dims:
+                block.attn = PyramidAttention(block.attn, part.heads, part.qk_dim, part.v_dim)
+            kept.append(block)
+        first += len(stage.blocks)
+        stage.blocks = nn.ModuleList(kept)

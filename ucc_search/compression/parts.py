@@ -65,13 +65,18 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [b for s in model.stages for b in s.blocks] if is_pyramid(model) else list(model.blocks)
 
 
+def first_norms(model: nn.Module) -> list[list[nn.Module]]:
+    """Per stage, the norms that stand before its blocks and write its embedding."""
+    if is_pyramid(model):
+        return [[e.norm] for e in (model.patch_embed, *(s.downsample for s in model.stages[1:]))]
+    embed_norm = getattr(model.patch_embed, "norm", None)
+    return [[m for m in (embed_norm, model.norm_pre) if m is not None]]
+
+
 def stage_norms(model: nn.Module) -> list[list[nn.Module]]:
     """Per stage, the norms over its embedding that belong to no block."""
-    if is_pyramid(model):
-        embeds = [model.patch_embed, *(s.downsample for s in model.stages[1:])]
-        return [[e.norm, s.norm] for e, s in zip(embeds, model.stages, strict=True)]
-    embed_norm = getattr(model.patch_embed, "norm", None)
-    return [[m for m in (embed_norm, model.norm_pre, model.norm, model.fc_norm) if m is not None]]
+    last = [[s.norm] for s in model.stages] if is_pyramid(model) else [[model.norm, model.fc_norm]]
+    return [before + after for before, after in zip(first_norms(model), last, strict=True)]
 
 
 def classifiers(model: nn.Module) -> list[nn.Linear]:

@@ -47,8 +47,10 @@ def select(plan: CompressionPlan, scores: Scores, *, heads: HeadsBy = "fuse") ->
             arXiv:2111.15127, section 3.3). `remove`: the heads with the highest sums stay.
 
     Raises:
-        PlanError: a group that the plan narrows has no scores, or not one per unit.
+        PlanError: a group that the plan narrows has no scores, or not one per unit; or heads that share
+            a norm of queries and keys would be fused.
     """
+    plan = unfactorized(plan)
     shape = plan.shape
     embed = tuple(
         _top(_scores(scores, "embed", i, full, kept), kept)
@@ -62,8 +64,17 @@ def select(plan: CompressionPlan, scores: Scores, *, heads: HeadsBy = "fuse") ->
     return Selection(embed, tuple(blocks))
 
 
+def unfactorized(plan: CompressionPlan) -> CompressionPlan:
+    """The plan before its ranks are brought down: what is selected, all of which is factorised then."""
+    if not plan.low_rank_attention:
+        return plan
+    full = plan.shape.blocks
+    return plan.replace(qk_dim=[b.qk_dim for b in full], v_dim=[b.v_dim for b in full])
+
+
 def narrows(plan: CompressionPlan) -> list[tuple[str, int]]:
     """The groups, by kind and index, of which the plan keeps a part."""
+    plan = unfactorized(plan)
     shape = plan.shape
     found = [
         ("embed", i)
@@ -90,7 +101,8 @@ def first_units(plan: CompressionPlan) -> Selection:
     for i, full in enumerate(plan.shape.blocks):
         ones["mlp", i] = torch.zeros(full.mlp_hidden)
         ones["attention", i] = torch.zeros(full.heads * full.qk_dim)
-    return select(plan, ones)
+    shared = any(full.qk_norm_vectors for full in plan.shape.blocks)
+    return select(plan, ones, heads="remove" if shared else "fuse")
 
 
 def _channels(
@@ -103,6 +115,11 @@ def _channels(
         per_head = score.view(full.heads, full.qk_dim)
         kept = _top(per_head.sum(dim=1), block.heads)
         groups = [torch.arange(full.qk_dim) + h * full.qk_dim for h in kept.tolist()]
+    elif full.qk_norm_vectors:
+        raise PlanError(
+            f"blocks[{index}] cannot fuse {full.heads} heads into {block.heads}: the norm of queries and keys is "
+            "shared by all heads, so a head must stay whole; set fewer_heads: remove"
+        )
     else:
         bounds = [g * width // block.heads for g in range(block.heads + 1)]
         groups = [torch.arange(a, b) for a, b in itertools.pairwise(bounds)]

@@ -26,7 +26,8 @@ def unit_weights(model: nn.Module, kind: str, index: int) -> list[Tensor]:
         return _embedding(model, index)
     parts = parts_of(blocks_of(model)[index])
     if kind == "mlp":
-        return [*(layer.weight for layer in parts.hidden_in), parts.hidden_out.weight.t()]
+        kernels = [parts.depthwise.weight.flatten(1)] if parts.depthwise is not None else []
+        return [*(layer.weight for layer in parts.hidden_in), parts.hidden_out.weight.t(), *kernels]
     if kind != "attention":
         raise ValueError(f"kind is {kind!r}, expected embed, attention or mlp")
     rows = [part for layer, roles in parts.projections for part in layer.weight.chunk(len(roles))]
@@ -52,5 +53,11 @@ def _embedding(model: nn.Module, stage: int) -> list[Tensor]:
         found += [layer.weight.t() for layer in inputs]
         found += [parts.attention_out.weight, parts.hidden_out.weight]
         if parts.reduction is not None:
-            found += [parts.reduction.weight.flatten(1), parts.reduction.weight.transpose(0, 1).flatten(1)]
+            found += _rows_and_columns(parts.reduction.weight.flatten(2))
     return found + readers
+
+
+def _rows_and_columns(square: Tensor) -> list[Tensor]:
+    """What leaves with each unit of a layer from units to the same units; its diagonal once."""
+    others = 1 - torch.eye(len(square), dtype=square.dtype, device=square.device)
+    return [square.flatten(1), (square.transpose(0, 1) * others[..., None]).flatten(1)]
