@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from ucc_search.builtin.aggregators import Bipartite, Drop, Fuse, Host
 from ucc_search.builtin.cascades import PerBlock
 from ucc_search.builtin.distillers import (
+    HardAlign,
     Logits,
     NoDistillation,
     PooledFeatures,
@@ -367,3 +368,44 @@ def test_no_distillation_is_the_task_loss_alone():
 def test_settings_out_of_range_say_what_came(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Hard labels and alignment (COMCAT)
+
+
+def aligned(model, progress=0.0, settings=None, **changes):
+    torch.manual_seed(0)
+    losses = (settings or HardAlign()).build(context(**changes))
+    blocks = (settings or HardAlign()).blocks(context(**changes))[0]
+    return losses(outputs(model, blocks), outputs(teacher(), blocks), progress)
+
+
+def test_a_student_equal_to_its_teacher_is_aligned():
+    found = aligned(teacher(), tokens=(16, 16, 16, 16))
+    assert float(found["align"]) == pytest.approx(0.0, abs=1e-10)
+    logits = teacher()(images())
+    expected = torch.nn.functional.cross_entropy(logits, logits.argmax(1))
+    assert float(found["hard"]) == pytest.approx(float(expected))
+
+
+def test_alignment_fades_by_a_cosine_down_to_its_floor():
+    model = student()
+    start, middle, end = (float(aligned(model, p)["align"]) for p in (0.0, 0.5, 1.0))
+    assert start > 0
+    assert middle == pytest.approx(start * math.cos(math.pi / 4))
+    assert end == pytest.approx(start * 0.01)
+
+
+def test_alignment_mixes_the_teachers_tokens_as_the_students_were():
+    model = student(aggregator=Host())
+    with record(model, [2], 1) as own, record(teacher(), [2], 1) as theirs:
+        model(images()), teacher()(images())
+    mixed = own[2].compose_BRN @ theirs[2].x_BTD[:, 1:]
+    expected = torch.cat([theirs[2].x_BTD[:, :1], mixed], dim=1)
+    by_hand = 0.5 * torch.nn.functional.mse_loss(own[2].x_BTD, expected)
+    assert float(aligned(model, settings=HardAlign(aligned=[2]))["align"]) == pytest.approx(float(by_hand))
+
+
+def test_alignment_of_a_last_block_that_serves_the_head_alone():
+    found = aligned(student(head_tokens_only=True), head_tokens_only=True)
+    assert float(found["align"]) > 0

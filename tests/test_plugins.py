@@ -90,7 +90,7 @@ def test_builtins_are_a_plugin_like_any_other():
     cascades = {"per_block", "keep_all", "constant", "geometric", "staged", "calibrated"}
     assert set(plugins.names("cascade")) == cascades
     assert set(plugins.names("importance")) == {"kl", "fisher", "magnitude", "random"}
-    assert set(plugins.names("distiller")) == {"two_level", "logits", "features", "none"}
+    assert set(plugins.names("distiller")) == {"two_level", "logits", "features", "hard_align", "none"}
 
 
 @pytest.mark.parametrize("kind", HOOKS)

@@ -63,11 +63,19 @@ class Campaign:
 
     Args:
         store: holds what is already finished.
+        starts: points to begin with, by the budget's label, before the hand-made ones.
     """
 
     def __init__(
-        self, config: RunConfig, plugins: Plugins, scheduler: Scheduler, space: SearchSpace, store: RunStore
+        self,
+        config: RunConfig,
+        plugins: Plugins,
+        scheduler: Scheduler,
+        space: SearchSpace,
+        store: RunStore,
+        starts: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
+        self._starts = starts or {}
         self.config, self.plugins, self.scheduler, self.space = config, plugins, scheduler, space
         self.store = store
         self._rows = store.rows()
@@ -283,7 +291,8 @@ class Campaign:
             )
             self._proposers[label] = proposer
             if not told[label]:
-                proposer.start_from(self.space.known_good())
+                first = [self._starts[label]] if label in self._starts else []
+                proposer.start_from([*first, *self.space.known_good()])
             for row in told[label]:
                 self._tell(row, record=False)
         return self._proposers

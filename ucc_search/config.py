@@ -358,6 +358,24 @@ class TrainConfig(_Frozen):
         return max(1, math.ceil(self.epochs * self.epoch_steps(images)))
 
 
+class RankSearchConfig(_Frozen):
+    """Differentiable selection of ranks (COMCAT, section 3.3), whose result the search starts from."""
+
+    levels: int = Field(6, ge=2)
+    """Ranks to choose from, per product and MLP."""
+    rounds: int = Field(4, ge=1)
+    """Each updates the gates, then the weights."""
+    gate_steps: int = Field(100, ge=1)
+    weight_steps: int = Field(100, ge=1)
+    batch_size: int = Field(96, ge=1)
+    held_out: float = Field(0.1, gt=0.0, lt=1.0)
+    """Share of the training split that the gates alone are trained on."""
+    lr: float = Field(1e-2, gt=0.0)
+    weight_lr: float = Field(1e-4, gt=0.0)
+    beta: float = Field(1.5, ge=1.0)
+    """Exponent of the price in the loss, while that is above the budget."""
+
+
 class SearchConfig(_Frozen):
     """How much is tried, and what is promoted."""
 
@@ -378,6 +396,8 @@ class SearchConfig(_Frozen):
     concurrency: int | None = Field(None, ge=1)
     """Trials at a time; the default is one per CPU core, or per GPU."""
     gpus_per_trial: float = Field(0.0, ge=0.0)
+    ranks: RankSearchConfig | None = None
+    """Where ranks are searched: choose them by gradient descent first."""
 
     @field_validator("seeds")
     @classmethod

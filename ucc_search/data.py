@@ -107,6 +107,20 @@ class DecodedImages:
         return torch.stack([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
 
 
+class Subset:
+    """Some images of another set."""
+
+    def __init__(self, images: ImageSet, indices: Tensor) -> None:
+        self._images, self._indices = images, indices
+        self.labels_B = images.labels_B[indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def batch(self, indices: Tensor, *, train: bool = False) -> tuple[Tensor, Tensor]:
+        return self._images.batch(self._indices[indices], train=train)
+
+
 def load_data(config: DataConfig, augment: AugmentConfig | None = None) -> Splits:
     """The splits of the configured data set.
 

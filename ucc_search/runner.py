@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import shutil
@@ -18,18 +19,22 @@ from ucc_search.campaign import Campaign, Job, describe
 from ucc_search.config import RunConfig, dump_config
 from ucc_search.environment import environment
 from ucc_search.errors import DataError
+from ucc_search.interfaces import INFERENCE_KINDS
 from ucc_search.plugins import Plugins
 from ucc_search.runs import Run
 from ucc_search.schedule import Scheduler, check_budgets
 from ucc_search.scoring import measure_importance, this_bench
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
-from ucc_search.store import RunStore
+from ucc_search.store import RunStore, replace_text
+from ucc_search.widths import RANKS as RANK_KINDS
 
 if TYPE_CHECKING:
     from ucc_search.workbench import Workbench
 
 Log = Callable[[str], None]
+RANKS = "ranks.json"
+"""In the run folder: what the differentiable selection chose."""
 
 
 class Interrupted(Exception):
@@ -70,7 +75,8 @@ def search(
         records = [vars(r) for r in plugins.records]
         store = RunStore.create(path, config, environment(config, records))
     with store.lock():
-        campaign = Campaign(config, plugins, scheduler, space, store)
+        starts = _chosen_ranks(config, here, space, scheduler, store, log)
+        campaign = Campaign(config, plugins, scheduler, space, store, starts)
         start = time.monotonic()
         try:
             measure_importance(config, plugins, shape, log)
@@ -113,6 +119,43 @@ def _prepare_teacher(config: RunConfig, log: Log) -> None:
             f"the images have {splits.image_size} x {splits.image_size} pixels, the model takes "
             f"{wanted[0]} x {wanted[1]}; set data.image_size or model.args.img_size"
         )
+
+
+def _chosen_ranks(
+    config: RunConfig,
+    bench: Callable[[], Workbench],
+    space: SearchSpace,
+    scheduler: Scheduler,
+    store: RunStore,
+    log: Log,
+) -> dict[str, dict[str, float]]:
+    """Points from the differentiable rank selection, by budget; made once, and kept in the run folder."""
+    settings, path = config.search.ranks, store.path / RANKS
+    if settings is None or not any(name.partition(".")[0] in RANK_KINDS for name in space.widths.searched()):
+        return {}
+    if path.is_file():
+        known: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+        return known
+    from ucc_search.rank_search import select_ranks
+
+    here, starts = bench(), {}
+    parts = here.plugins.components(*(space.corners()[0].components[k] for k in INFERENCE_KINDS))
+    for budget in scheduler.budgets:
+        log(f"choosing ranks by gradient descent for {budget.label}")
+        ratios = select_ranks(
+            here.teacher,
+            scheduler.base,
+            space.widths,
+            budget,
+            parts,
+            here.splits.train,
+            settings,
+            seed=config.search.seed,
+            log=log,
+        )
+        starts[budget.label] = space.starting_at(ratios)
+    replace_text(path, json.dumps(starts, indent=1) + "\n")
+    return starts
 
 
 def _bench_evaluate(bench: Callable[[], Workbench]) -> Callable[..., Any]:

@@ -141,6 +141,13 @@ class SearchSpace:
             *({**schedules[0], **w} for w in widths[:1]),
         ]
 
+    def starting_at(self, ratios: Ratios) -> dict[str, float]:
+        """A point with these width ratios, and nothing else pruned."""
+        high = {f"keep.{i}": self.config.keep_ratio.high for i in range(self.blocks_with_keep)}
+        for name, bounds in self.widths.searched().items():
+            high[_WIDTH + name] = min(max(ratios.get(name, bounds.high), bounds.low), bounds.high)
+        return high
+
     def _known_widths(self) -> list[dict[str, float]]:
         """All alike; and all alike but for the embedding and the depth, which every layer depends on."""
         ranges = self.widths.searched()

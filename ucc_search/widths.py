@@ -12,8 +12,8 @@ from ucc_search.errors import PlanError
 from ucc_search.plan import BlockPlan, BlockShape, CompressionPlan, ModelShape
 from ucc_search.strength import power
 
-_RANKS = ("qk_rank", "v_rank", "mlp_rank")
-KINDS = ("embed", "heads", "attention", "mlp", "depth", *_RANKS)
+RANKS = ("qk_rank", "v_rank", "mlp_rank")
+KINDS = ("embed", "heads", "attention", "mlp", "depth", *RANKS)
 _MULTIPLES = {
     **{"embed": 8, "heads": 1, "attention": 4, "mlp": 8, "depth": 1},
     **{"qk_rank": 4, "v_rank": 4, "mlp_rank": 8},
@@ -57,7 +57,7 @@ class Widths:
 
     def kinds_scored(self) -> set[str]:
         """Kinds of unit groups (`UnitGroup`) whose importance decides something."""
-        kinds = {k for k in KINDS if self._setting(k) != 1.0 and k not in _RANKS}
+        kinds = {k for k in KINDS if self._setting(k) != 1.0 and k not in RANKS}
         return {"attention" if k == "heads" else k for k in kinds}
 
     def at(self, base: CompressionPlan, ratios: Ratios | None, strength: float) -> CompressionPlan:
@@ -80,6 +80,11 @@ class Widths:
                     ratio = ratios[name] if ratios else setting.low
                     kept[name] = power(ratio, strength, min(setting.low, ratio))
         return self._plan(base, kept)
+
+    def with_ratio(self, plan: CompressionPlan, name: str, ratio: float) -> CompressionPlan:
+        """The plan with one coordinate at this ratio, all others as they are."""
+        kept = {n: self._ratio(plan, n) for kind in KINDS for n in self.names(kind)}
+        return self._plan(plan, {**kept, name: ratio})
 
     def ratios(self, plan: CompressionPlan) -> dict[str, float]:
         """The kept fraction of every searched coordinate."""
@@ -257,6 +262,8 @@ def towards(
         left = halves_left(shape, inside, surplus)
         attention = [a and b for a, b in zip(attention, left[0], strict=True)]
         mlp = [a and b for a, b in zip(mlp, left[1], strict=True)]
+    if sum(attention) != target.depth:
+        raise PlanError(f"depth_order names too few of the blocks that must leave {shape.name}")
     blocks: list[BlockPlan] = []
     wanted = iter(target.blocks)
     for tokens, full, kept in zip(shape.block_tokens, shape.blocks, attention, strict=True):
@@ -276,6 +283,8 @@ def _mismatch(shape: ModelShape, target: ModelShape) -> str | None:
         return "it sees other images or patches"
     if (shape.classes, shape.channels) != (target.classes, target.channels):
         return "it has other classes or channels"
+    if (shape.prefix_tokens, shape.pool) != (target.prefix_tokens, target.pool):
+        return "it has other tokens beside the patches, or pools them otherwise"
     for stage in range(len(shape.embed_dims)):
         if target.stage_of.count(stage) > shape.stage_of.count(stage):
             return f"it has more blocks in stage {stage}"

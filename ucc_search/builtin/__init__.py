@@ -56,6 +56,7 @@ def ucc_distillers() -> Mapping[str, Callable[..., Distiller]]:
         "two_level": distillers.TwoLevel,
         "logits": distillers.Logits,
         "features": distillers.PooledFeatures,
+        "hard_align": distillers.HardAlign,
         "none": distillers.NoDistillation,
     }
 

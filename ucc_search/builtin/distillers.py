@@ -150,6 +150,51 @@ class TwoLevel(Distiller):
         return _two_level_losses(self, context, self._shallow(context), self._deep(context))
 
 
+class HardAlign(Distiller):
+    """COMCAT's fine-tuning: the teacher's decision as a label, and its block outputs aligned at first.
+
+    weight * CE(student, argmax teacher) + align * max(cos(pi/2 progress), floor) * sum over blocks of
+    MSE(block outputs). Where tokens were cut or merged, the teacher's are mixed as the student's were.
+
+    Args:
+        weight: of the hard labels, beside a task loss of weight 1 (DeiT halves both).
+        align: of the alignment at the start.
+        floor: share of it that is left at the end.
+        aligned: indices of the blocks, negative ones from the end.
+
+    Reference: Xiao et al. 2023, COMCAT, arXiv:2305.17235, section 4; hard distillation without a token of
+    its own is DeiT's (arXiv:2012.12877, section 4).
+    """
+
+    ranges: ClassVar = {
+        "weight": {"low": 0.1, "high": 10.0, "log": True},
+        "align": {"low": 0.01, "high": 5.0, "log": True},
+    }
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        align: float = 0.5,
+        floor: float = 0.01,
+        aligned: Sequence[int] = (0, 1, -2, -1),
+    ) -> None:
+        _check_weights(weight=weight, align=align, floor=floor)
+        self.weight, self.align, self.floor, self.aligned = weight, align, floor, tuple(aligned)
+
+    def blocks(self, context: DistillContext) -> tuple[Sequence[int], Sequence[int]]:
+        if context.teacher.stages:
+            raise ValueError(
+                f"hard_align compares tokens on one grid, and {context.teacher.name} has several; use the distiller "
+                "logits or features"
+            )
+        depth = context.teacher.depth
+        chosen = sorted({i % depth for i in self.aligned if -depth <= i < depth})
+        return chosen, chosen
+
+    def build(self, context: DistillContext) -> nn.Module:
+        return _hard_align_losses(self, context, self.blocks(context)[0])
+
+
 def logit_kl(student_BC: Tensor, teacher_BC: Tensor, tau: float = 1.0) -> Tensor:
     """tau^2 * KL(softmax(teacher / tau) || softmax(student / tau)) in nats, mean over the batch."""
     student = (student_BC.float() / tau).log_softmax(dim=-1)
@@ -189,6 +234,42 @@ def _pooled_loss(weight: float, narrow: int, wide: int) -> nn.Module:
             return {"features": weight * nn.functional.mse_loss(own.float(), theirs.float())}
 
     return PooledLoss()
+
+
+def _hard_align_losses(settings: HardAlign, context: DistillContext, blocks: Sequence[int]) -> nn.Module:
+    from torch import nn
+
+    narrow, wide = context.student.embed_dim, context.teacher.embed_dim
+
+    class HardAlignLosses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapters = nn.ModuleDict({str(i): _adapter(narrow, wide) for i in blocks})
+
+        def forward(self, student: Outputs, teacher: Outputs, progress: float) -> dict[str, Tensor]:
+            decided_B = teacher.logits_BC.argmax(dim=-1)
+            hard = nn.functional.cross_entropy(student.logits_BC.float(), decided_B)
+            share = max(math.cos(math.pi / 2 * progress), settings.floor)
+            total = student.logits_BC.new_zeros(())
+            for i in blocks:
+                own, theirs_BTD = student.blocks[i], _as_the_student(teacher.blocks[i], student.blocks[i])
+                mine = self.adapters[str(i)](own.x_BTD)
+                total = total + nn.functional.mse_loss(mine.float(), theirs_BTD.detach().float())
+            return {"hard": settings.weight * hard, "align": settings.align * share * total}
+
+    return HardAlignLosses()
+
+
+def _as_the_student(teacher: Features, student: Features) -> Tensor:
+    """The teacher's tokens, prefix first, mixed as the student's; its prefix alone where nothing else is left."""
+    import torch
+
+    prefix_BPD, patches_BND = teacher.x_BTD[:, : teacher.prefix], _patches(teacher)
+    if student.x_BTD.shape[1] <= student.prefix:
+        return prefix_BPD[:, : student.x_BTD.shape[1]]
+    if student.compose_BRN is not None:
+        patches_BND = student.compose_BRN.detach().to(patches_BND.dtype) @ patches_BND
+    return torch.cat([prefix_BPD, patches_BND], dim=1)
 
 
 def _two_level_losses(
