@@ -159,6 +159,11 @@ def inspect_text(found: dict[str, Any]) -> str:
         *(["the embedding"] if widths["embed"] else []),
         "half-blocks" if widths["half_blocks"] else "blocks",
     ]
+    ranked = [
+        *(["query-key products"] if widths["attention_channels"] else []),
+        *(["value-output products"] if widths["value_products"] else []),
+        "the MLP's matrices",
+    ]
     lines = [
         f"{found['model']} ({found['class']}): {format_macs(found['cost']['macs'])}, "
         f"{format_params(found['cost']['params'])} at {shape['image_size'][0]} x {shape['image_size'][1]}",
@@ -174,7 +179,7 @@ def inspect_text(found: dict[str, Any]) -> str:
     lines += [
         f"  pooling       {tokens['pool']}",
         f"  widths        can be pruned: {', '.join(cut)}",
-        "  ranks         not in this version",
+        f"  ranks         can be lowered: {', '.join(ranked)}",
     ]
     if not widths["attention_channels"]:
         lines.append(

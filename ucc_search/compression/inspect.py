@@ -133,6 +133,7 @@ def capabilities(model: nn.Module, name: str) -> dict[str, Any]:
     report["widths"] = {
         "embed": shape.pool != "map",
         "attention_channels": not shape.blocks[0].qk_norm_vectors,
+        "value_products": not shape.blocks[0].attn_norm_vectors,
         "heads": True,
         "mlp": True,
         "half_blocks": not shape.stages,
