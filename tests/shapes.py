@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ucc_search.plan import AffineCost, BlockShape, ModelShape, StageShape
+import random
+
+from ucc_search.plan import AffineCost, BlockShape, CompressionPlan, ModelShape, StageShape
 
 _WIDTH = {"tiny": 192, "small": 384, "base": 768}
 
@@ -92,4 +94,34 @@ def small_shape(*, tokens: tuple[int, int] = (4, 4), depth: int = 4) -> ModelSha
         blocks=(block,) * depth,
         stem=AffineCost(),
         head=AffineCost(),
+    )
+
+
+def random_plan(shape: ModelShape, rng: random.Random) -> CompressionPlan:
+    """Any plan that a model of this shape can have: widths, heads, depth and tokens."""
+    tokens: list[int] = []
+    blocks: list[dict[str, int]] = []
+    left = shape.tokens
+    cuts = not shape.stages and rng.random() < 0.7
+    for full in shape.blocks:
+        heads = rng.randint(1, full.heads)
+        most = full.heads // heads * full.qk_dim
+        attention, mlp = (rng.random() < 0.8 for _ in range(2))
+        blocks.append(
+            {
+                "heads": heads,
+                "qk_dim": full.qk_dim if full.qk_norm_vectors else rng.randint(1, most),
+                "v_dim": rng.randint(1, full.v_dim if full.qk_norm_vectors else most),
+                "mlp_hidden": rng.randint(1, full.mlp_hidden),
+                "attention": attention,
+                "mlp": attention if shape.stages else mlp,
+            }
+        )
+        left = rng.randint(1, left) if cuts and attention and rng.random() < 0.7 else left
+        tokens.append(left)
+    return CompressionPlan.identity(shape).replace(
+        embed_dims=tuple(rng.randint(1, d) for d in shape.embed_dims),
+        head_tokens_only=bool(shape.head_tokens) and rng.random() < 0.5,
+        tokens_out=list(shape.block_tokens) if shape.stages else tokens,
+        **{key: [b[key] for b in blocks] for key in blocks[0]},
     )

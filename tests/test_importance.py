@@ -33,7 +33,14 @@ def one_head():
     """A Vision Transformer of one head, whose channels can leave one at a time; and its shape."""
     torch.manual_seed(0)
     model = small_vit(
-        classes=4, channels=1, img_size=8, stem_channels=(4,), stem_strides=(2,), embed_dim=8, depth=3, num_heads=1
+        classes=4,
+        channels=1,
+        img_size=8,
+        stem_channels=(4,),
+        stem_strides=(2,),
+        embed_dim=8,
+        depth=3,
+        num_heads=1,
     )
     model = model.double().eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -52,9 +59,7 @@ def subject(name):
 
 def some_groups(shape):
     """Groups of every kind: all embeddings, whose prefixes differ, and the first and last block."""
-    return [
-        g for g in shape.unit_groups() if g.kind in ("embed", "depth") or g.index in (0, shape.depth - 1)
-    ]
+    return [g for g in shape.unit_groups() if g.kind in ("embed", "depth") or g.index in (0, shape.depth - 1)]
 
 
 def kl(whole, deleted):
@@ -123,7 +128,11 @@ def test_the_score_of_a_unit_is_the_divergence_of_the_model_without_it(name):
     model, shape, batches = subject(name)
     plan = CompressionPlan.identity(shape)
     groups = [
-        g for g in some_groups(shape) if g.kind != "attention" or shape.blocks[g.index].heads == 1
+        g
+        for g in some_groups(shape)
+        if g.units <= 64
+        and g.index in (0, 3, shape.depth - 1)
+        and (g.kind != "attention" or shape.blocks[g.index].heads == 1)
     ]
     assert name == "distilled" or {g.kind for g in groups} == {"embed", "attention", "mlp", "depth"}
     scores = unit_scores(model, shape, KL(), batches, groups=groups)
@@ -159,13 +168,14 @@ def test_starting_from_the_first_changed_block_changes_nothing(monkeypatch, name
     model, shape, batches = subject(name)
     probe = ModelProbe(model, shape, batches)
     for group in some_groups(shape):
-        if group.units > (100 if rows == 500 else 20):
+        if group.units > (64 if rows == 500 else 16):
             continue
         seen = []
         for units, whole, deleted in probe.deletions(group):
             batch = next(x for x in batches if len(x) == len(whole))
+            assert len(units) * len(batch) <= rows  # memory of one pass
             torch.testing.assert_close(whole, model(batch), rtol=0, atol=1e-9)
-            for unit, logits in list(zip(units.tolist(), deleted, strict=True))[:: 1 + group.units // 8]:
+            for unit, logits in list(zip(units.tolist(), deleted, strict=True))[:: 1 + group.units // 4]:
                 mask = torch.ones(len(batch), group.units, dtype=torch.float64)
                 mask[:, unit] = 0
                 with torch.no_grad(), masked(model, {(group.kind, group.index): mask}):
@@ -183,7 +193,7 @@ def fisher(name, **options):
     return unit_scores(model, shape, Fisher(**options), batches, groups=inner)
 
 
-@pytest.mark.parametrize("name", ["one_head", "vit", "swiglu", "no_last_norm", "pvt_v2_b0"])
+@pytest.mark.parametrize("name", ["one_head", "norms", "swiglu", "no_last_norm", "pvt_v2_b0"])
 def test_fisher_is_the_curvature_of_the_divergence(name):
     # KL(1 - e) is e^2 times the score, up to terms of third order, which the mean of both sides cancels.
     model, shape, batches = subject(name)
@@ -214,7 +224,7 @@ def test_with_fewer_samples_the_draws_repeat_by_seed_and_are_right_on_average():
     first, again, other = (fisher("vit", samples=2, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[key], again[key]) for key in exact)
     assert not any(torch.equal(first[key], other[key]) for key in exact)
-    many = [fisher("vit", samples=4, seed=seed) for seed in range(20)]
+    many = [fisher("vit", samples=4, seed=seed) for seed in range(12)]
     for key in exact:
         mean = torch.stack([scores[key] for scores in many]).mean(dim=0)
         assert mean.sum() == pytest.approx(float(exact[key].sum()), rel=0.2)
@@ -235,6 +245,21 @@ def test_fisher_needs_a_sample():
 
 def ranks(values):
     return torch.tensor(values).argsort().argsort().double()
+
+
+@pytest.mark.parametrize("name", ["vit", "pre_norm", "norms", "pvt_v2_b0"])
+def test_fisher_is_near_the_exact_score_whatever_norms_a_unit_passes(name):
+    # A mask that stood twice on the way of what it deletes would double the score.
+    model, shape, _ = subject(name)
+    # One of eight units is much of the model, and normalised queries and keys lose whole heads only.
+    kinds = ("embed", "mlp") if name == "norms" else ("embed", "mlp", "attention")
+    groups = [g for g in some_groups(shape) if g.kind in kinds and 16 <= g.units <= 100]
+    exact, found = (
+        unit_scores(model, shape, criterion, [images(name, 6, seed=3)], groups=groups)
+        for criterion in (KL(), Fisher())
+    )
+    for key in exact:
+        assert 0.7 < (found[key] / exact[key]).median() < 1.4
 
 
 @pytest.mark.skipif(not FASHION_MNIST_DEBIAN.is_dir(), reason="Fashion-MNIST is not installed")
@@ -258,7 +283,8 @@ def test_fisher_ranks_the_units_of_the_shipped_teacher_as_deleting_them_does():
                 with masked(model, {(kind, group.index): mask}):
                     expected.append(kl(whole, model(batch)))
                 found.append(float(approximate[kind, group.index][unit]))
-        assert torch.corrcoef(torch.stack([ranks(found), ranks(expected)]))[0, 1] >= 0.8
+        assert torch.corrcoef(torch.stack([ranks(found), ranks(expected)]))[0, 1] >= 0.9
+        assert 0.8 < (torch.tensor(found) / torch.tensor(expected)).median() < 1.25
 
 
 # Criteria without images
@@ -413,7 +439,11 @@ CHANGES = {
 def test_other_weights_images_or_parameters_are_measured_anew(tmp_path, change):
     model, shape, batches = subject("one_head")
     given = {"model": model, "images": batches, "identity": ["counting", {"samples": 2}]}
-    for options, fresh in ((given, True), (given, False), (given | CHANGES[change](*subject("one_head")), True)):
+    for options, fresh in (
+        (given, True),
+        (given, False),
+        (given | CHANGES[change](*subject("one_head")), True),
+    ):
         criterion = Counting()
         unit_scores(shape=shape, criterion=criterion, cache=tmp_path, **options)
         assert bool(criterion.asked) == fresh

@@ -18,17 +18,17 @@ from families import FAMILIES, PYRAMIDS, dense, family, images, random_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from shapes import pvt_shape
+from shapes import pvt_shape, random_plan
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ucc_search.builtin.aggregators import Drop, Fuse, Host
 from ucc_search.builtin.cascades import PerBlock
 from ucc_search.builtin.scorers import ClassAttention, Random, Spatial
-from ucc_search.compression import compress, shape_of
+from ucc_search.compression import assemble, compress, shape_of
 from ucc_search.compression.masks import masked
 from ucc_search.compression.parts import blocks_of, parts_of
-from ucc_search.compression.selection import narrows, select
+from ucc_search.compression.selection import first_units, narrows, select
 from ucc_search.config import ModelConfig
 from ucc_search.costs import cost
 from ucc_search.errors import ModelError, PlanError
@@ -93,11 +93,12 @@ def check_slicing(name, plan, masks, scores, components=FREE, atol=1e-9):
         assert (expected - model(x)).abs().max() > 1e6 * atol
 
 
-@pytest.mark.parametrize("component", ["embedding", "channels", "heads", "hidden"])
-@pytest.mark.parametrize("name", FAMILIES)
+WIDTHS = [(name, c) for name in FAMILIES for c in ("embedding", "channels", "heads", "hidden")]
+WIDTHS.remove(("norms", "channels"))  # queries and keys that are normalised keep their channels
+
+
+@pytest.mark.parametrize(("name", "component"), WIDTHS)
 def test_slicing_a_width_is_masking_it(name, component):
-    if (name, component) == ("norms", "channels"):
-        pytest.skip("queries and keys that are normalised keep their channels")
     plan, scores = narrowed(name, component), random_scores(dense(name).shape)
     check_slicing(name, plan, masks_of(plan, scores), scores)
 
@@ -122,7 +123,7 @@ def depth_mask(shape, units, batch=2):
 def test_removing_a_step_of_depth_is_masking_it(name):
     plan = dense(name)
     steps = plan.shape.unit_groups()[-1].units
-    for units in [*([u] for u in range(steps)), [0, steps - 1]]:
+    for units in [*([u] for u in range(min(5, steps))), [steps - 2], [0, steps - 1]]:
         check_slicing(name, without_units(plan, units), depth_mask(plan.shape, units), {})
 
 
@@ -218,9 +219,12 @@ def test_what_another_norm_reads_is_refused_by_masks(kind):
     )
     block = model.blocks[0]
     block.attn.norm, block.mlp.norm = RmsNorm(8), RmsNorm(32)
-    with pytest.raises(ModelError, match="a RmsNorm reads what is deleted: only LayerNorm can be masked"):
-        with masked(model, {(kind, 0): torch.ones(1, 32 if kind == "mlp" else 8)}):
-            pass
+    mask = torch.ones(1, 32 if kind == "mlp" else 8)
+    with (
+        pytest.raises(ModelError, match="a RmsNorm reads what is deleted: only LayerNorm can be masked"),
+        masked(model, {(kind, 0): mask}),
+    ):
+        pass
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -256,7 +260,9 @@ def test_fused_heads_take_the_same_rows_and_keep_the_scale_of_the_old_heads(chan
     model = twelve_heads()
     plan = CompressionPlan.identity(shape_of(model)).replace(heads=3, qk_dim=channels, v_dim=channels)
     score = torch.rand(768, generator=torch.Generator().manual_seed(1))
-    keep = torch.cat([g * 256 + score[g * 256 :][:256].topk(channels).indices.sort().values for g in range(3)])
+    keep = torch.cat(
+        [g * 256 + score[g * 256 :][:256].topk(channels).indices.sort().values for g in range(3)]
+    )
     old = model.blocks[0].attn
     new = compress(model, plan, scores={("attention", 0): score}).blocks[0].attn
     q, k, v = (part[keep] for part in old.qkv.weight.chunk(3))
@@ -402,34 +408,6 @@ def counted_macs(model, shape):
     return total // 2
 
 
-def random_plan(shape, rng):
-    """Any plan that a model of this shape can have."""
-    tokens, left, blocks = [], shape.tokens, []
-    cuts = not shape.stages and rng.random() < 0.7
-    for full in shape.blocks:
-        heads = rng.randint(1, full.heads)
-        most = full.heads // heads * full.qk_dim
-        attention, mlp = (rng.random() < 0.8 for _ in range(2))
-        blocks.append(
-            {
-                "heads": heads,
-                "qk_dim": full.qk_dim if full.qk_norm_vectors else rng.randint(1, most),
-                "v_dim": rng.randint(1, full.v_dim if full.qk_norm_vectors else most),
-                "mlp_hidden": rng.randint(1, full.mlp_hidden),
-                "attention": attention,
-                "mlp": attention if shape.stages else mlp,
-            }
-        )
-        left = rng.randint(1, left) if cuts and attention and rng.random() < 0.7 else left
-        tokens.append(left)
-    return CompressionPlan.identity(shape).replace(
-        embed_dims=tuple(rng.randint(1, d) for d in shape.embed_dims),
-        head_tokens_only=bool(shape.head_tokens) and rng.random() < 0.5,
-        tokens_out=list(shape.block_tokens) if shape.stages else tokens,
-        **{key: [b[key] for b in blocks] for key in blocks[0]},
-    )
-
-
 @functools.cache
 def on_meta(name):
     """A family without weights and in single precision, which timm's counter expects."""
@@ -451,7 +429,7 @@ def check_cost(name, shape, seed, parts):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_cost_of_any_narrow_plan_is_what_torch_counts(name):
-    for seed in range(8):
+    for seed in range(3 if name == "pvt_v2_b2" else 6):
         # Of these only merging and the score by attention maps cost something of their own.
         check_cost(name, dense(name).shape, seed, [FREE, Components(Spatial(), Host(), PerBlock())][seed % 2])
 
@@ -459,12 +437,10 @@ def test_the_cost_of_any_narrow_plan_is_what_torch_counts(name):
 @pytest.mark.parametrize("size", [(96, 64), (64, 224), (72, 100)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_the_cost_of_a_pyramid_is_exact_for_odd_images(size):
     # 72 x 100 pixels leave grids that the strides do not divide.
-    for name in PYRAMIDS:
-        shape = shape_of(on_meta(name), name, image_size=size)
-        identity = CompressionPlan.identity(shape)
-        assert counted_macs(on_meta(name), shape) == cost(identity).macs
-        for seed in range(3):
-            check_cost(name, shape, f"{size} {seed}", FREE)
+    shape = shape_of(on_meta("pvt_v2_b0"), "pvt_v2_b0", image_size=size)
+    assert counted_macs(on_meta("pvt_v2_b0"), shape) == cost(CompressionPlan.identity(shape)).macs
+    for seed in range(3):
+        check_cost("pvt_v2_b0", shape, f"{size} {seed}", FREE)
 
 
 def test_a_stage_without_blocks_costs_what_torch_counts():
@@ -521,7 +497,9 @@ WRONG_PLANS = {
     r"blocks\[1\]\.mlp_hidden is 0, expected 1 to 96": plan_of("vit", mlp_hidden=[96, 0, 96]),
     r"qk_dim is 9, expected 1 to 8 \(3 heads of 8 for 3\)": plan_of("vit", qk_dim=9),
     r"v_dim is 9, expected 1 to 8 \(3 heads of 8 for 2\)": plan_of("vit", heads=2, v_dim=9),
-    r"blocks\[0\]\.qk_dim is 5, expected 8: the norm of queries and keys is shared": plan_of("norms", qk_dim=5),
+    r"blocks\[0\]\.qk_dim is 5, expected 8: the norm of queries and keys is shared": plan_of(
+        "norms", qk_dim=5
+    ),
     r"embed_dims has 1 values, expected 4 \(one per stage": plan_of("pvt_v2_b0", embed_dim=8),
     r"embed_dims\[2\] is 99, expected 1 to 40": plan_of("pvt_v2_b0", embed_dims=(8, 16, 99, 64)),
     r"blocks\[0\] lacks one half; a pyramid loses whole blocks only": plan_of("pvt_v2_b0", mlp=False),
@@ -611,6 +589,17 @@ def test_a_plan_survives_as_text(name):
 
 
 # Saved models
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_to_load_weights_into_has_the_shapes_of_any_plan(name):
+    plan = random_plan(dense(name).shape, random.Random(5))
+    pruned = compress(family(name), plan, FREE, scores=random_scores(plan.shape), heads=heads_by(plan.shape))
+    empty = assemble(family(name), plan, FREE, first_units(plan))
+    empty.load_state_dict(pruned.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(empty(images(name)), pruned(images(name)))
+
 
 SAVED = {
     "vit": (

@@ -196,7 +196,9 @@ def _checked(scores: Tensor, group: UnitGroup, name: str) -> Tensor:
 
 
 def _digest(model: nn.Module, shape: ModelShape, images: Sequence[Tensor], identity: object) -> str:
-    digest = hashlib.sha256(json.dumps([_MEASURE, identity, shape.to_dict()], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(
+        json.dumps([_MEASURE, identity, shape.to_dict()], sort_keys=True, default=str).encode()
+    )
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

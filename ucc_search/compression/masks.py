@@ -63,8 +63,9 @@ def _mask_block(parts: Parts, kind: str, mask_BU: Tensor, hook: Callable[..., No
         # A key without its query adds nothing to the logits, and a norm over what was mixed deletes values.
         masked_roles = "q" if _is_norm(parts.attention_norm) else "qv"
         for layer, roles in parts.projections:
-            tiled = [mask_BU if role in masked_roles else torch.ones_like(mask_BU) for role in roles]
-            hook(layer, lambda _, output, m=torch.cat(tiled, dim=1)[:, None]: output * m)
+            rows = [mask_BU if role in masked_roles else torch.ones_like(mask_BU) for role in roles]
+            tiled = torch.cat(rows, dim=1)[:, None]
+            hook(layer, lambda _, output, m=tiled: output * m)
         if parts.attention_norm is not None and _is_norm(parts.attention_norm):
             hook(parts.attention_norm, _over_kept(parts.attention_norm, mask_BU))
         return

@@ -8,10 +8,12 @@ Reference: Xiao et al. 2023, COMCAT, arXiv:2305.17235, the section on customisat
 
 from __future__ import annotations
 
-import importlib.util
-
-if importlib.util.find_spec("diffusers") is None:
-    raise ImportError("ucc_search.diffusion needs diffusers: pip install 'ucc-search[diffusion]'")
+try:
+    import diffusers  # noqa: F401 (asked first, so that its absence has a sentence)
+except ModuleNotFoundError as error:
+    if error.name != "diffusers":
+        raise  # it is there, something that it needs is not
+    raise ImportError("ucc_search.diffusion needs diffusers: pip install 'ucc-search[diffusion]'") from None
 
 from ucc_search.diffusion.adapter import Adapter, LowRankAttention, add_adapter, load_adapter
 from ucc_search.diffusion.merging import Lost

@@ -32,9 +32,10 @@ def refuse_unmergeable(name: str, attn: Attention) -> None:
     """Raise ModelError unless every projection is a plain linear layer, and those of q, k and v have no bias."""
     layers = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out": attn.to_out[0]}
     for part, layer in layers.items():
-        if type(layer) is not nn.Linear:
+        kind = type(layer)
+        if kind is not nn.Linear:
             raise ModelError(
-                f"{name}.{part} is a {type(layer).__name__}, which an adapter cannot be merged into; "
+                f"{name}.{part} is a {kind.__module__}.{kind.__name__}, which an adapter cannot be merged into; "
                 "unload LoRA weights first (or fuse and unload them), and load the model without quantisation"
             )
         if part != "to_out" and layer.bias is not None:
