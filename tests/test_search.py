@@ -9,6 +9,7 @@ from collections import Counter
 
 import optuna
 import pytest
+from shapes import small_shape
 from tiny import tiny_config
 
 from ucc_search import estimate, workbench, worker
@@ -17,6 +18,7 @@ from ucc_search.builtin import importances
 from ucc_search.campaign import promoted
 from ucc_search.costs import cost
 from ucc_search.data import load_data
+from ucc_search.errors import ConfigError, PlanError
 from ucc_search.interfaces import ComponentRef
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
@@ -510,3 +512,19 @@ def test_scores_are_measured_once_and_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(workbench, "_benches", {})
     monkeypatch.setattr(importances.KL, "score", lambda *_: pytest.fail("measured again"))
     assert score_units(config, Plugins.load()) == found
+
+
+def test_heads_that_cannot_be_fused_are_refused_before_the_run(tmp_path):
+    args = tiny_config().model.args
+    config = tiny_config(
+        model={"args": {**args, "qk_norm": True}}, space={"widths": {"heads": {"low": 0.5}}}, teacher=None
+    )
+    with pytest.raises(ConfigError, match=r"cannot be fused.*fewer_heads: remove"):
+        search(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_without_any_block_is_refused():
+    plan = CompressionPlan.identity(small_shape())
+    with pytest.raises(PlanError, match="leaves no block of small, expected one at least"):
+        plan.replace(attention=False, mlp=False)

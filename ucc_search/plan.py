@@ -262,7 +262,7 @@ class CompressionPlan:
     @property
     def head_block(self) -> int | None:
         """The block computed for the tokens the head reads alone: the last that is left; or None."""
-        return self.present[-1] if self.head_tokens_only and self.present else None
+        return self.present[-1] if self.head_tokens_only else None
 
     @property
     def key(self) -> str:
@@ -308,6 +308,8 @@ def _check(plan: CompressionPlan) -> None:
             "leave it False"
         )
     _check_embed_dims(plan)
+    if not plan.present:
+        raise PlanError(f"the plan leaves no block of {shape.name}, expected one at least")
     for i, (block, full) in enumerate(zip(plan.blocks, shape.blocks, strict=True)):
         most = plan.tokens_in[i]
         if shape.stages and block.tokens_out != most:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ucc_search.budget import Budget, budgets, project, whole_tokens, with_tokens
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost
-from ucc_search.errors import BudgetError, PluginError
+from ucc_search.errors import BudgetError, ConfigError, PluginError
 from ucc_search.interfaces import (
     INFERENCE_KINDS,
     ComponentRef,
@@ -134,6 +134,8 @@ def check_budgets(config: RunConfig, scheduler: Scheduler, space: SearchSpace, p
     baselines = {b.name: candidate_of(b) for b in config.baselines}
     for candidate in [*searched, *baselines.values()]:
         _check_training(candidate, scheduler.base, plugins)
+        if config.space.fewer_heads == "fuse":
+            _check_fusion(candidate, scheduler.base)
     for budget in scheduler.budgets:
         for candidate in searched:
             if not _needs_model(candidate, plugins):
@@ -159,3 +161,11 @@ def _check_training(candidate: Candidate, plan: CompressionPlan, plugins: Plugin
         plugins.build("distiller", ref).blocks(DistillContext(plan, plan.shape))
     except ValueError as error:
         raise PluginError(f"distiller {ref.name!r}: {error}") from None
+
+
+def _check_fusion(candidate: Candidate, plan: CompressionPlan) -> None:
+    if candidate.widths.heads != 1.0 and any(b.qk_norm_vectors for b in plan.shape.blocks):
+        raise ConfigError(
+            f"heads of {plan.shape.name} cannot be fused, as they share the norm of queries and keys; set "
+            "space.fewer_heads: remove"
+        )
