@@ -47,7 +47,7 @@ def customize(
 ) -> Customization:
     """Train an adapter on a few images. The U-Net's own weights are frozen meanwhile and do not change.
 
-    Defaults are published: AdamW (0.9, 0.999), a rate that falls linearly to zero, no warm-up.
+    Defaults are published, but for `init`: AdamW (0.9, 0.999), a rate that falls linearly to zero, no warm-up.
 
     Args:
         unet: a `UNet2DConditionModel`, on the device to train on.
