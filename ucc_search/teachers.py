@@ -70,12 +70,18 @@ def checkpoint_path(config: RunConfig) -> Path | None:
     if name == "auto":
         if config.teacher is None:
             raise ConfigError("model.checkpoint is 'auto', which needs a `teacher:` section to train by")
-        sections = (config.model, config.data, config.teacher)
-        recipe = json.dumps([*(s.model_dump() for s in sections), folder_stamp(config)], default=str)
+        # What training does not see is left out, and so are defaults: a key added later changes nothing.
+        unseen = {"calibration", "proxy", "loader_workers"}
+        sections = (
+            config.model.model_dump(exclude_defaults=True),
+            config.data.model_dump(exclude_defaults=True, exclude=unseen),
+            config.teacher.model_dump(exclude_defaults=True),
+        )
+        recipe = json.dumps([*sections, folder_stamp(config)], default=str)
         digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
         folder = cache_folder() / "teachers"
         folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{config.name}-{digest}"
+        return folder / f"{config.model.name}-{digest}"
     if name.startswith(SHIPPED):
         path = ASSETS / name.removeprefix(SHIPPED)
         if not path.is_dir():
