@@ -18,7 +18,7 @@ from ucc_search.builtin import importances
 from ucc_search.campaign import promoted
 from ucc_search.costs import cost
 from ucc_search.data import load_data
-from ucc_search.errors import ConfigError, PlanError
+from ucc_search.errors import ConfigError, PlanError, PluginError
 from ucc_search.interfaces import ComponentRef
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
@@ -528,3 +528,26 @@ def test_a_plan_without_any_block_is_refused():
     plan = CompressionPlan.identity(small_shape())
     with pytest.raises(PlanError, match="leaves no block of small, expected one at least"):
         plan.replace(attention=False, mlp=False)
+
+
+def test_a_criterion_that_fails_leaves_no_run_behind(tmp_path):
+    plugin = tmp_path / "wrong.py"
+    plugin.write_text(
+        "import torch\n"
+        "from ucc_search import Importance, hookimpl\n"
+        "class Wrong(Importance):\n"
+        "    def score(self, probe, group):\n"
+        "        return torch.ones(3)\n"
+        "@hookimpl\n"
+        "def ucc_importances():\n"
+        "    return {'wrong': Wrong}\n",
+        encoding="utf-8",
+    )
+    config = tiny_config(
+        data={"proxy": 20},
+        space={"widths": {"mlp": {"low": 0.5}}, "importance": "wrong"},
+        plugins=[str(plugin)],
+    )
+    with pytest.raises(PluginError, match=r"Wrong gave mlp\[0\] scores of shape \(3,\), expected \(32,\)"):
+        search(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -71,15 +71,18 @@ def search(
     if resume:
         store = RunStore.resume(path, config)
     else:
+        RunStore.refuse_taken(path)
         _prepare_teacher(config, log)
+    # Before a folder is made: a criterion that fails leaves nothing behind, and scores have a cache of their own.
+    measure_importance(config, plugins, shape, log)
+    if not resume:
         records = [vars(r) for r in plugins.records]
         store = RunStore.create(path, config, environment(config, records))
     with store.lock():
-        starts = _chosen_ranks(config, here, space, scheduler, store, log)
-        campaign = Campaign(config, plugins, scheduler, space, store, starts)
         start = time.monotonic()
         try:
-            measure_importance(config, plugins, shape, log)
+            starts = _chosen_ranks(config, here, space, scheduler, store, log)
+            campaign = Campaign(config, plugins, scheduler, space, store, starts)
             if config.search.executor == "ray":
                 _run_on_ray(campaign, log)
             else:

@@ -104,15 +104,24 @@ class RunStore:
             RunError: the folder already holds something, or cannot be written.
         """
         path = Path(path)
+        cls.refuse_taken(path)
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise RunError(f"{path} already exists; continue it with --resume, or choose another --out")
             path.mkdir(parents=True, exist_ok=True)
             replace_text(path / ENVIRONMENT, _json(environment, indent=1) + "\n")
             replace_text(path / CONFIG, dump_config(config))  # last: it is what makes the folder a run
         except OSError as error:
             raise RunError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
         return cls(path)
+
+    @staticmethod
+    def refuse_taken(path: Path) -> None:
+        """RunError if something is there already, or nobody may look."""
+        try:
+            taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read ({error.strerror}); choose another --out") from None
+        if taken:
+            raise RunError(f"{path} already exists; continue it with --resume, or choose another --out")
 
     @classmethod
     def open(cls, path: str | Path) -> RunStore:
