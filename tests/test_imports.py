@@ -18,7 +18,7 @@ HEAVY = {"torch", "torchvision", "timm", "ray", "optuna", "deepspeed", "pandas",
 LIGHT = [
     *("errors", "plan", "costs", "interfaces", "hookspecs", "units", "builtin", "plugins", "config"),
     *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
-    *("report", "cli", "strength", "widths", "progress"),
+    *("report", "cli", "strength", "widths", "progress", "timing"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""
 
@@ -32,6 +32,7 @@ ALLOWED = {
     "config": {"errors", "interfaces"},
     "plugins": {"builtin", "errors", "hookspecs", "interfaces"},
     "strength": set(),
+    "timing": set(),
     "widths": {"config", "errors", "plan", "strength"},
     "budget": {"config", "costs", "errors", "interfaces", "plan", "units", "widths"},
     "space": {"config", "errors", "interfaces", "plan", "plugins", "widths"},
