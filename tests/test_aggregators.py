@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from views import DIM, QK_DIM, check_assignment, site, token_view
 
 from ucc_search.builtin.aggregators import Bipartite, Drop, Fuse, Host, rounds
+from ucc_search.compression.tokens import initial_state, reduce_tokens
 from ucc_search.interfaces import Aggregator, Assignment
 
 AGGREGATORS: list[Aggregator] = [Drop(), Host(), Host(weighting="similarity"), Fuse(), Bipartite()]
@@ -163,6 +164,23 @@ def test_aggregators_export_with_a_batch_of_any_size(aggregator):
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(Model(), inputs, dynamic_shapes=[{0: batch}] * 4)
     torch.testing.assert_close(program.module()(*inputs), Model()(*inputs))
+
+
+def test_a_token_of_weight_zero_leaves_no_trace_in_its_host():
+    x_BND = patches(4)
+    one = torch.ones(3, 1, dtype=torch.int64)
+    found = Assignment(
+        torch.cat([0 * one, one], 1),
+        torch.cat([2 * one, 3 * one], 1),
+        torch.cat([0 * one, one], 1),
+        torch.tensor([[0.0, 1.0]]).expand(3, 2),
+        torch.ones(3, 2),
+    )
+    x_BRD, state = reduce_tokens(
+        x_BND, initial_state(x_BND, owners=False, trace=False), found, absorb_scores=True
+    )
+    torch.testing.assert_close(x_BRD, torch.stack([x_BND[:, 0], (x_BND[:, 1] + x_BND[:, 3]) / 2], dim=1))
+    torch.testing.assert_close(state.size_BN, torch.tensor([[1.0, 2.0]]).expand(3, 2))
 
 
 def test_bad_weighting_is_named():

@@ -65,7 +65,9 @@ class Assignment(NamedTuple):
     """Which patch tokens stay, and where those that go are added.
 
     The token kept at r becomes (self_r x_r + sum of weight_p x_p) / (self_r + sum of weight_p),
-    summed over the pruned p whose host is r. `keep` ascends, so that order on the grid survives.
+    summed over the pruned p whose host is r. A pruned token of weight 0 is dropped: it adds nothing to its
+    host, not even its size (average pooling alone counts its patches as the host's). `keep` ascends, so that
+    order on the grid survives.
     """
 
     keep_BR: Tensor  # int64 indices into the N patch tokens

@@ -63,7 +63,9 @@ def reduce_tokens(
         added = gather_rows(values_BNX, prune_BP) * share_BP[..., None].to(values_BNX.dtype)
         return kept.scatter_add(1, host_BP[..., None].expand_as(added), added)
 
-    size_BR = size_BR.scatter_add(1, host_BP, state.size_BN.gather(1, prune_BP))
+    # A token of weight zero is dropped: its host does not stand for it.
+    joins_BP = (weight_BP > 0).to(size_BR.dtype)
+    size_BR = size_BR.scatter_add(1, host_BP, joins_BP * state.size_BN.gather(1, prune_BP))
     if score_BR is not None and absorb_scores:
         assert state.score_BN is not None
         absorbed_BP = share_BP.to(score_BR.dtype) * state.score_BN.gather(1, prune_BP)
