@@ -46,7 +46,7 @@ def test_a_ratio_within_rounds_survives_drift(monkeypatch):
 def test_short_calls_are_repeated_and_their_mean_counts(monkeypatch):
     clock = Clock(monkeypatch)
     found = interleave(
-        {"short": clock.call("short", 0.01), "long": clock.call("long", 2.0)}, rounds=3, min_seconds=0.1
+        {"short": clock.call("short", 0.01), "long": clock.call("long", 2.0)}, rounds=3, min_seconds=0.095
     )
     assert clock.log.count("short") == 2 + 3 * 10
     assert clock.log.count("long") == 2 + 3
