@@ -16,9 +16,9 @@ from rows import DENSE_MACS, config, row, zero_shot
 from ucc_search import analysis
 from ucc_search.analysis import Point
 from ucc_search.errors import RunError
-from ucc_search.report import analysis_json, compact_tokens, pick_message, print_analysis
 from ucc_search.runs import Run
 from ucc_search.store import RunStore, TrialRow
+from ucc_search.tables import analysis_json, compact_tokens, pick_message, print_analysis
 
 light = settings(max_examples=60, deadline=None)
 clouds = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=1, max_size=14).map(

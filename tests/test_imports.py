@@ -18,7 +18,7 @@ HEAVY = {"torch", "torchvision", "timm", "ray", "optuna", "deepspeed", "pandas",
 LIGHT = [
     *("errors", "plan", "costs", "interfaces", "hookspecs", "units", "builtin", "plugins", "config"),
     *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
-    *("report", "cli", "strength", "widths", "progress", "timing"),
+    *("tables", "cli", "strength", "widths", "progress", "timing"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""
 

@@ -136,9 +136,9 @@ def search(
     plugins = _plugins(config, plugin, disable_plugin, no_plugins, strict_plugins)
     from rich.console import Console
 
-    from ucc_search.report import print_analysis
     from ucc_search.runner import Interrupted, exit_code
     from ucc_search.runner import search as run_search
+    from ucc_search.tables import print_analysis
 
     try:
         run = run_search(config, out=out, resume=resume, plugins=plugins, log=_echo)
@@ -177,8 +177,8 @@ def plan(
 @app.command()
 def analyze(run: RunFolder, as_json: Json = False) -> None:
     """The Pareto front of a run, its baselines, failures, and what to do next."""
-    from ucc_search.report import analysis_json, print_analysis
     from ucc_search.runs import load_run
+    from ucc_search.tables import analysis_json, print_analysis
 
     opened = load_run(run)
     if as_json:
@@ -198,8 +198,8 @@ def pick(
     as_json: Json = False,
 ) -> None:
     """The best trial under limits, and how to use it."""
-    from ucc_search.report import pick_message
     from ucc_search.runs import load_run
+    from ucc_search.tables import pick_message
     from ucc_search.units import parse_amount
 
     limits = [parse_amount(max_macs, key="--max-macs")] if max_macs is not None else []
