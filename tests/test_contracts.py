@@ -15,7 +15,7 @@ from ucc_search.builtin.scorers import Random
 from ucc_search.compression import compress, shape_of
 from ucc_search.config import parse_config
 from ucc_search.errors import ConfigError, ModelError, PlanError, PluginError
-from ucc_search.interfaces import Assignment, Components, Scorer
+from ucc_search.interfaces import Assignment, ComponentRef, Components, SamplerRequest, Scorer
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.space import SearchSpace
@@ -119,18 +119,15 @@ def test_a_log_range_with_a_step_is_refused_before_the_run():
         SearchSpace.of(config.space, small_shape(), Plugins.load(entry_points=False, environment=False))
 
 
-def test_whole_ranges_stay_whole(tmp_path):
-    from ucc_search.proposer import Proposer
-
+def test_whole_ranges_stay_whole():
     config = parse_config(
         BASE | {"space": {"scorer": {"name": "random", "seed": {"low": 0, "high": 9, "step": 1}}}}
     )
     plugins = Plugins.load(entry_points=False, environment=False)
     space = SearchSpace.of(config.space, small_shape(), plugins)
-    proposer = Proposer(
-        space.dimensions, sampler="random", seed=0, direction="minimize", storage=tmp_path / "j", study="s"
-    )
-    seeds = [proposer.propose()["scorer.random.seed"] for _ in range(5)]
+    sampler = plugins.build("sampler", ComponentRef("random"))
+    sampler.start(SamplerRequest(space.dimensions, [False], 0, 5, (), dict))
+    seeds = [sampler.propose()["scorer.random.seed"] for _ in range(5)]
     assert all(isinstance(s, int) for s in seeds)
     with pytest.raises(PluginError, match="seed"):
         plugins.build("scorer", config.space.scorer[0])  # a range is no value

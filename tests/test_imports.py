@@ -38,7 +38,7 @@ ALLOWED = {
     "space": {"config", "errors", "interfaces", "plan", "plugins", "widths"},
     "schedule": {"budget", "config", "costs", "errors", "interfaces", "plan", "plugins", "space", "widths"},
     "analysis": {"errors", "store", "units"},
-    "proposer": {"space"},
+    "proposer": {"builtin", "interfaces"},
     "compression": {"builtin", "errors", "interfaces", "plan"},
     "builtin": {"errors", "hookspecs", "interfaces", "plan", "strength"},
 }
@@ -46,7 +46,7 @@ ALLOWED = {
 
 OWNERS = {
     "ray": {"runner", "tuning", "doctor"},
-    "optuna": {"proposer"},
+    "optuna": {"proposer", "builtin"},
     "deepspeed": {"train"},
 }
 """The only modules that name these packages; doctor asks whether they work."""

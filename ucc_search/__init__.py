@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from ucc_search.errors import UserError
     from ucc_search.hookspecs import hookimpl
     from ucc_search.importance import unit_scores
-    from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Importance, Scorer
+    from ucc_search.interfaces import (
+        Aggregator,
+        Cascade,
+        Components,
+        Distiller,
+        Importance,
+        Metric,
+        Sampler,
+        Scorer,
+    )
     from ucc_search.plan import CompressionPlan, ModelShape
     from ucc_search.plugins import Plugins
     from ucc_search.runner import search
@@ -34,9 +43,11 @@ _HOMES = {
     "Cost": "costs",
     "Distiller": "interfaces",
     "Importance": "interfaces",
+    "Metric": "interfaces",
     "ModelShape": "plan",
     "Plugins": "plugins",
     "Run": "runs",
+    "Sampler": "interfaces",
     "Scorer": "interfaces",
     "UserError": "errors",
     "compress": "compression",
@@ -61,9 +72,11 @@ __all__ = [
     "Cost",
     "Distiller",
     "Importance",
+    "Metric",
     "ModelShape",
     "Plugins",
     "Run",
+    "Sampler",
     "Scorer",
     "UserError",
     "compress",

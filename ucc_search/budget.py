@@ -30,6 +30,11 @@ class Budget:
         within_macs = self.max_macs is None or value.macs <= self.max_macs
         return within_macs and (self.max_params is None or value.params <= self.max_params)
 
+    def over(self, macs: int, params: int) -> dict[str, float]:
+        """By limit, how far over it a price is, as a share of it; at most 0 is within."""
+        limits = {"macs": (macs, self.max_macs), "params": (params, self.max_params)}
+        return {k: value / most - 1 for k, (value, most) in limits.items() if most is not None}
+
 
 def budgets(config: BudgetConfig, dense: Cost) -> list[Budget]:
     """One budget per listed target.

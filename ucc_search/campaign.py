@@ -7,6 +7,7 @@ from there.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from ucc_search.analysis import aggregate_seeds, quality, usable
 from ucc_search.budget import Budget
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost, saved_macs
-from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
+from ucc_search.errors import BudgetError
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Measured, SamplerRequest
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
@@ -152,6 +154,13 @@ class Campaign:
         self._seen.add(signature)
         return replace(candidate, params=self.space.at_plan(params, plan)), plan
 
+    def _projected(self, budget: Budget, point: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Where a proposal would be measured; None if it cannot meet the budget."""
+        try:
+            return self.space.at_plan(point, self.scheduler.plan(self.space.decode(point), budget))
+        except BudgetError:
+            return None
+
     def _spends(self, budget: Budget, candidate: Candidate, plan: CompressionPlan) -> bool:
         """Whether the plan uses the budget up; few tokens in few blocks make a coarse lattice."""
         parts = self.plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
@@ -260,6 +269,7 @@ class Campaign:
 
     def _tell(self, row: TrialRow, *, record: bool) -> None:
         value = row.kl if row.rung == "zero-shot" else row.accuracy
+        values = [value] if value is not None and row.state == "ok" else None
         attributes = {
             "trial": row.id,
             "macs": row.macs,
@@ -268,9 +278,10 @@ class Campaign:
             "accuracy": row.accuracy,
             "kl": row.kl,
         }
-        ok = row.state == "ok" and row.feasible
+        budget = next(b for b in self.scheduler.budgets if b.label == row.target)
+        over = budget.over(row.macs, row.params)
         self._proposers[row.target].tell(
-            row.params_searched, value if ok else None, attributes, record=record
+            Measured(row.params_searched, values, over), attributes, record=record
         )
 
     def _make_proposers(self) -> dict[str, Proposer]:
@@ -281,18 +292,21 @@ class Campaign:
         self._proposers = {}
         for index, budget in enumerate(self.scheduler.budgets):
             label = budget.label
-            proposer = Proposer(
-                self.space.dimensions,
-                sampler=search.sampler,
+            starts = [*([self._starts[label]] if label in self._starts else []), *self.space.known_good()]
+            request = SamplerRequest(
+                dimensions=self.space.dimensions,
+                maximize=[search.fidelity == "train"],
                 seed=search.seed + 1000 * index + 100_000 * len(told[label]),
-                direction="minimize" if search.fidelity == "zero-shot" else "maximize",
+                trials=-(-search.trials // len(self.scheduler.budgets)),
+                starts=() if told[label] else starts,
+                project=functools.partial(self._projected, budget),
+            )
+            self._proposers[label] = Proposer(
+                self.plugins.build("sampler", search.sampler),
+                request,
                 storage=self.store.path / "study.journal",
                 study=f"{self.config.name} {label}",
             )
-            self._proposers[label] = proposer
-            if not told[label]:
-                first = [self._starts[label]] if label in self._starts else []
-                proposer.start_from([*first, *self.space.known_good()])
             for row in told[label]:
                 self._tell(row, record=False)
         return self._proposers

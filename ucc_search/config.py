@@ -161,6 +161,16 @@ Choices = Annotated[
 ]
 
 
+def _one_component(value: Any) -> Any:
+    refs = _component_list(value)
+    if len(refs) > 1:
+        raise ValueError(f"got {len(refs)} components, expected one")
+    return refs[0]
+
+
+Choice = Annotated[ComponentRef, BeforeValidator(_one_component), PlainSerializer(ComponentRef.to_dict)]
+
+
 class ComponentChoices(_Frozen):
     """Which plugins may be used; where several are listed, the choice is searched."""
 
@@ -381,7 +391,8 @@ class SearchConfig(_Frozen):
 
     trials: int = Field(40, ge=0)
     """Proposals; 0 measures the baselines alone."""
-    sampler: Literal["tpe", "random"] = "tpe"
+    sampler: Choice = ComponentRef("tpe")
+    """What proposes: shell, tpe, random, nsga2, nsga3, cmaes, gp, grid, or a plugin's."""
     seed: int = 0
     fidelity: Literal["zero-shot", "train"] = "zero-shot"
     """What one trial of the search measures; with `zero-shot` the best are trained afterwards."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import pluggy
 
-from ucc_search.interfaces import Aggregator, Cascade, Distiller, Importance, Scorer
+from ucc_search.interfaces import Aggregator, Cascade, Distiller, Importance, Metric, Sampler, Scorer
 
 PROJECT = "ucc_search"
 HOOKSPEC_VERSION = 1
@@ -43,3 +43,13 @@ def ucc_distillers() -> Mapping[str, Callable[..., Distiller]]:  # type: ignore[
 @hookspec
 def ucc_importances() -> Mapping[str, Callable[..., Importance]]:  # type: ignore[empty-body]
     """Importance criteria: choose the channels, heads, hidden units and half-blocks that stay."""
+
+
+@hookspec
+def ucc_samplers() -> Mapping[str, Callable[..., Sampler]]:  # type: ignore[empty-body]
+    """Samplers: propose the points of the search."""
+
+
+@hookspec
+def ucc_metrics() -> Mapping[str, Callable[..., Metric]]:  # type: ignore[empty-body]
+    """Prices that a budget may limit, beside MACs, parameters and latency."""

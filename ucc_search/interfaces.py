@@ -262,6 +262,81 @@ class Importance(Component):
         raise NotImplementedError(f"{type(self).__name__} must define score(probe, group) or build(probe)")
 
 
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One searched parameter: a number between bounds, or one of several choices."""
+
+    name: str
+    low: int | float = 0.0
+    high: int | float = 1.0
+    log: bool = False
+    step: int | float | None = None
+    choices: tuple[Any, ...] | None = None
+
+
+class SamplerRequest(NamedTuple):
+    """What a sampler may know when a search begins."""
+
+    dimensions: Sequence[Dimension]
+    """`keep.I` are keep ratios of tokens (after / before block I), `width.KIND.I` of widths. Where one study
+    covers a range of budgets, `budget` numbers them, the tightest first."""
+    maximize: Sequence[bool]
+    """Of every objective: quality first; with a range of budgets also the share of the budgeted price."""
+    seed: int
+    trials: int
+    """How many points will be measured, those told at the start included."""
+    starts: Sequence[Mapping[str, Any]]
+    """Known good points, possibly partial, best guess first; none after a resume."""
+    project: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+    """Where a point lands once it is put on its budget; None where it cannot meet it. Pure, a few ms."""
+
+
+class Measured(NamedTuple):
+    """One measured point, as a sampler is told of it."""
+
+    point: Mapping[str, Any]
+    """The point that was measured: the proposal after projection."""
+    values: Sequence[float] | None
+    """One per objective; None: the trial failed."""
+    constraints: Mapping[str, float]
+    """By limited price: how far over its limit, as a share of it; at most 0 is within."""
+
+
+class Sampler(Component):
+    """Proposes the points of the search. One instance per study, in one process.
+
+    Proposals are put on the budget before they are measured; a sampler learns from `Measured.point`.
+    Several points may be asked for before the first is told. After a resume, a new instance is
+    started and told all that was measured, with another seed.
+    """
+
+    def start(self, request: SamplerRequest) -> None:
+        """Called once, before anything else."""
+        raise NotImplementedError(f"{type(self).__name__} must define start(request)")
+
+    def propose(self) -> Mapping[str, Any]:
+        """A value for every dimension."""
+        raise NotImplementedError(f"{type(self).__name__} must define propose()")
+
+    def tell(self, measured: Measured) -> None:
+        """Learn from a point."""
+        raise NotImplementedError(f"{type(self).__name__} must define tell(measured)")
+
+
+class Metric(Component):
+    """A price of a compressed model that a budget may limit, beside MACs and parameters."""
+
+    unit: ClassVar[str] = ""
+
+    def value(self, plan: CompressionPlan, components: Components) -> float:
+        """The price of what `compress(model, plan, components)` builds; called often, without torch.
+
+        Finite, not negative, and non-decreasing in every integer of the plan: a plan with more tokens
+        or wider layers is never cheaper. Percentages in a budget are of the uncompressed plan's value.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define value(plan, components)")
+
+
 INFERENCE_KINDS = ("scorer", "aggregator", "cascade")
 """The components that a model needs to run; the others are needed to make and train it."""
 

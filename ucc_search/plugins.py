@@ -29,6 +29,8 @@ from ucc_search.interfaces import (
     Components,
     Distiller,
     Importance,
+    Metric,
+    Sampler,
     Scorer,
 )
 
@@ -38,6 +40,8 @@ HOOKS = {
     "cascade": "ucc_cascades",
     "distiller": "ucc_distillers",
     "importance": "ucc_importances",
+    "sampler": "ucc_samplers",
+    "metric": "ucc_metrics",
 }
 BASES = {
     "scorer": Scorer,
@@ -45,6 +49,8 @@ BASES = {
     "cascade": Cascade,
     "distiller": Distiller,
     "importance": Importance,
+    "sampler": Sampler,
+    "metric": Metric,
 }
 ENVIRONMENT = "UCC_SEARCH_PLUGINS"
 STRICT = "UCC_SEARCH_STRICT"

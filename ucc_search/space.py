@@ -10,25 +10,13 @@ from pydantic import ValidationError
 
 from ucc_search.config import Range, SpaceConfig, WidthsConfig
 from ucc_search.errors import ConfigError
-from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Dimension
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.widths import Ratios, Widths
 
 _WIDTH = "width."
 KINDS = (*INFERENCE_KINDS, "distiller", "importance")
-
-
-@dataclass(frozen=True, slots=True)
-class Dimension:
-    """One searched parameter: a number between bounds, or one of several choices."""
-
-    name: str
-    low: int | float = 0.0
-    high: int | float = 1.0
-    log: bool = False
-    step: int | float | None = None
-    choices: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,16 @@ import functools
 from collections.abc import Callable, Mapping
 
 from ucc_search.hookspecs import hookimpl
-from ucc_search.interfaces import Aggregator, Cascade, Components, Distiller, Importance, Scorer
+from ucc_search.interfaces import (
+    Aggregator,
+    Cascade,
+    Components,
+    Distiller,
+    Importance,
+    Metric,
+    Sampler,
+    Scorer,
+)
 
 
 @hookimpl
@@ -71,6 +80,26 @@ def ucc_importances() -> Mapping[str, Callable[..., Importance]]:
         "magnitude": importances.Magnitude,
         "random": importances.Random,
     }
+
+
+@hookimpl
+def ucc_samplers() -> Mapping[str, Callable[..., Sampler]]:
+    from ucc_search.builtin import optuna_samplers
+
+    return {
+        "random": optuna_samplers.Random,
+        "tpe": optuna_samplers.TPE,
+        "nsga2": optuna_samplers.NSGA2,
+        "nsga3": optuna_samplers.NSGA3,
+        "cmaes": optuna_samplers.CMAES,
+        "gp": optuna_samplers.GP,
+        "grid": optuna_samplers.Grid,
+    }
+
+
+@hookimpl
+def ucc_metrics() -> Mapping[str, Callable[..., Metric]]:
+    return {}
 
 
 @functools.cache

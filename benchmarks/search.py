@@ -1,0 +1,230 @@
+"""The search itself: best result against number of trials, ours against others, several seeds.
+
+One trial is one proposal. Quality is the mean KL to the teacher on calibration images, without any
+training, on the shipped Fashion-MNIST teacher, at 50 % of the MACs: nothing here trains a model. Two
+spaces: tokens alone, and tokens with widths and depth. Compared are
+
+- plain methods, whose proposals are taken as they are: random, TPE with a penalty on what is over the
+  budget, NSGA-II on (KL, MACs) with the budget as a constraint. A proposal over the budget is a spent
+  trial without a result (and takes no time);
+- projected methods, whose proposals are put on the budget first: random, TPE, and the default;
+- hand-made schedules, one value each.
+
+`front` compares one study over budgets from 30 to 90 % with separate studies at five of them.
+
+Measured plans are kept in `--cache` by their integers and finished runs in OUT/*.jsonl: an interrupted
+benchmark goes on where it was.
+
+    python benchmarks/search.py run --space tokens --method random --seeds 0 1 2 3 4
+    python benchmarks/search.py hand --space tokens
+    python benchmarks/search.py front --space tokens --seeds 0 1 2
+    python benchmarks/search.py report
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ucc_search.budget import Budget, whole_tokens, with_tokens
+from ucc_search.config import load_config
+from ucc_search.costs import cost
+from ucc_search.interfaces import INFERENCE_KINDS
+from ucc_search.plan import CompressionPlan
+from ucc_search.plugins import Plugins
+from ucc_search.schedule import Scheduler
+from ucc_search.space import Candidate, SearchSpace
+from ucc_search.store import plan_key
+
+ROOT = Path(__file__).resolve().parent.parent
+SPACES = {"tokens": "fashion_mnist_ucc.yaml", "tokens-widths": "fashion_mnist_ucc_upvit.yaml"}
+IMAGES = 500
+BUDGET = "50%"
+Point = dict[str, Any]
+Measure = Callable[[Point], "float | None"]
+
+
+class Problem:
+    """One space at one or more budgets: what a proposal becomes, and what it is worth."""
+
+    def __init__(self, space: str, cache: Path, budget: str = f"{{macs: {BUDGET}}}") -> None:
+        sets = [f"data.calibration={IMAGES}", f"budget={budget}", "baselines=[]"]
+        self.config = load_config(ROOT / "search_spaces" / SPACES[space], sets)
+        self.plugins = Plugins.load(environment=False)
+        self.scheduler = Scheduler(self.config, self.bench.shape, self.plugins, None, self.depth_order)
+        self.space = SearchSpace.of(self.config.space, self.bench.shape, self.plugins)
+        self.budget: Budget = self.scheduler.budgets[0]
+        self._cache = cache / f"{space}-{IMAGES}.jsonl"
+        self._known: dict[str, float] = {}
+        if self._cache.is_file():
+            for line in self._cache.read_text().splitlines():
+                entry = json.loads(line)
+                self._known[entry["plan"]] = entry["kl"]
+
+    @functools.cached_property
+    def bench(self) -> Any:
+        import torch
+
+        from ucc_search.workbench import Workbench
+
+        torch.set_num_threads(1)
+        return Workbench(self.config, self.plugins)
+
+    def depth_order(self, ref: Any) -> list[int]:
+        order: list[int] = self.bench.depth_order(ref)
+        return order
+
+    def parts(self, candidate: Candidate) -> Any:
+        return self.plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
+
+    def as_proposed(self, point: Point) -> CompressionPlan:
+        """The proposal rounded to integers, whatever it costs."""
+        candidate = self.space.decode(point)
+        _, family = self.scheduler._family(candidate)
+        narrow = self.scheduler.widths(candidate).at(self.scheduler.base, candidate.ratios, 0.5)
+        return with_tokens(narrow, whole_tokens(family(0.5), narrow.shape.tokens))
+
+    def overshoot(self, plan: CompressionPlan, candidate: Candidate) -> float:
+        """MACs over the budget, as a share of it; negative below."""
+        assert self.budget.max_macs is not None
+        return cost(plan, self.parts(candidate)).macs / self.budget.max_macs - 1
+
+    def kl(self, plan: CompressionPlan, candidate: Candidate) -> float:
+        refs = candidate.components
+        key = plan_key(plan) + "/" + "/".join(refs[k].key for k in (*INFERENCE_KINDS, "importance"))
+        if key not in self._known:
+            measured = self.bench.zero_shot(plan, self.parts(candidate), refs["importance"])
+            self._known[key] = measured.kl
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
+            with self._cache.open("a") as file:
+                file.write(json.dumps({"plan": key, "kl": measured.kl}) + "\n")
+        return self._known[key]
+
+    def plain(self, point: Point) -> tuple[float | None, float]:
+        """(KL or None over the budget, overshoot) of a proposal as it is."""
+        candidate = self.space.decode(point)
+        plan = self.as_proposed(point)
+        over = self.overshoot(plan, candidate)
+        return (self.kl(plan, candidate) if over <= 0 else None), over
+
+    def projected(self, point: Point) -> tuple[float, Point]:
+        """(KL, the point that was measured) of a proposal put on the budget."""
+        candidate = self.space.decode(point)
+        plan = self.scheduler.plan(candidate, self.budget)
+        return self.kl(plan, candidate), self.space.at_plan(point, plan)
+
+
+def uniform(problem: Problem, rng: random.Random) -> Point:
+    return {d.name: rng.uniform(d.low, d.high) for d in problem.space.dimensions}
+
+
+def plain_random(problem: Problem, seed: int, trials: int) -> Iterable[float | None]:
+    rng = random.Random(seed)
+    for _ in range(trials):
+        yield problem.plain(uniform(problem, rng))[0]
+
+
+def projected_random(problem: Problem, seed: int, trials: int) -> Iterable[float | None]:
+    rng = random.Random(seed)
+    for _ in range(trials):
+        yield problem.projected(uniform(problem, rng))[0]
+
+
+def _distributions(problem: Problem) -> Mapping[str, Any]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    return {d.name: optuna.distributions.FloatDistribution(d.low, d.high) for d in problem.space.dimensions}
+
+
+def plain_tpe(problem: Problem, seed: int, trials: int) -> Iterable[float | None]:
+    """A proposal over the budget is told 1 nat plus 10 times the share by which it is over."""
+    import optuna
+
+    found = _distributions(problem)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
+    for _ in range(trials):
+        trial = study.ask(found)
+        kl, over = problem.plain(trial.params)
+        study.tell(trial, 1 + 10 * over if kl is None else kl)
+        yield kl
+
+
+def plain_nsga2(problem: Problem, seed: int, trials: int) -> Iterable[float | None]:
+    """On (KL, MACs) with the budget as a constraint; populations of 20."""
+    import optuna
+
+    found = _distributions(problem)
+    sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
+    study = optuna.create_study(sampler=sampler, directions=["minimize", "minimize"])
+    for _ in range(trials):
+        trial = study.ask(found)
+        kl, over = problem.plain(trial.params)
+        trial.set_constraint("over_budget", over)
+        study.tell(trial, [10.0 if kl is None else kl, 1 + over])
+        yield kl
+
+
+METHODS: dict[str, Callable[[Problem, int, int], Iterable[float | None]]] = {
+    "random": plain_random,
+    "tpe": plain_tpe,
+    "nsga2": plain_nsga2,
+    "random-projected": projected_random,
+}
+
+
+def run(arguments: argparse.Namespace) -> None:
+    problem = Problem(arguments.space, arguments.cache)
+    out: Path = arguments.out / "curves.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for method in arguments.method:
+        for seed in arguments.seeds:
+            trials = arguments.trials
+            done = {(r["space"], r["method"], r["seed"], len(r["values"])) for r in read(out)}
+            if (arguments.space, method, seed, trials) in done:
+                continue
+            start = time.perf_counter()
+            values = list(METHODS[method](problem, seed, trials))
+            row = {"space": arguments.space, "method": method, "seed": seed}
+            row["values"] = [None if v is None else round(v, 6) for v in values]
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            best = [best_after(values, n) for n in (25, 50, 100, 200) if n <= trials]
+            print(arguments.space, method, seed, best, f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+def best_after(values: Sequence[float | None], trials: int) -> float | None:
+    """The lowest KL of the first `trials` proposals; None if none was within the budget."""
+    return min((v for v in values[:trials] if v is not None), default=None)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, function in (("run", run),):
+        command = commands.add_parser(name)
+        command.set_defaults(function=function)
+        command.add_argument("--out", type=Path, default=ROOT / "results" / "search-benchmark")
+        command.add_argument("--cache", type=Path, default=Path("~/.cache/ucc-search/benchmark").expanduser())
+        command.add_argument("--space", choices=SPACES, default="tokens")
+        command.add_argument("--method", choices=METHODS, nargs="+", default=list(METHODS))
+        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+        command.add_argument("--trials", type=int, default=200)
+    arguments = parser.parse_args()
+    arguments.function(arguments)
+
+
+if __name__ == "__main__":
+    main()
