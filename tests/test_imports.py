@@ -31,6 +31,7 @@ ALLOWED = {
     "hookspecs": {"interfaces"},
     "config": {"errors", "interfaces"},
     "plugins": {"builtin", "errors", "hookspecs", "interfaces"},
+    "observers": {"interfaces", "plugins"},
     "strength": set(),
     "timing": set(),
     "widths": {"config", "errors", "plan", "strength"},

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Distiller,
         Importance,
         Metric,
+        Observer,
         Sampler,
         Scorer,
     )
@@ -45,6 +46,7 @@ _HOMES = {
     "Importance": "interfaces",
     "Metric": "interfaces",
     "ModelShape": "plan",
+    "Observer": "interfaces",
     "Plugins": "plugins",
     "Run": "runs",
     "Sampler": "interfaces",
@@ -74,6 +76,7 @@ __all__ = [
     "Importance",
     "Metric",
     "ModelShape",
+    "Observer",
     "Plugins",
     "Run",
     "Sampler",

@@ -20,6 +20,7 @@ from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost, saved_macs
 from ucc_search.errors import BudgetError
 from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Measured, SamplerRequest
+from ucc_search.observers import Observers
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
@@ -66,6 +67,7 @@ class Campaign:
     Args:
         store: holds what is already finished.
         starts: points to begin with, by the budget's label, before the hand-made ones.
+        observers: are told of every trial that is filed.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class Campaign:
         space: SearchSpace,
         store: RunStore,
         starts: Mapping[str, Mapping[str, Any]] | None = None,
+        observers: Observers | None = None,
     ) -> None:
+        self._observers = observers or Observers(())
         self._starts = starts or {}
         self.config, self.plugins, self.scheduler, self.space = config, plugins, scheduler, space
         self.store = store
@@ -221,6 +225,7 @@ class Campaign:
         self.store.write_trial(job.id, dict(job.params), job.plan, outcome.get("metrics") or ())
         self.store.append(row)
         self._rows.append(row)
+        self._observers.trial_finished(row.to_dict())
         if job.origin == "search" and job.parent is None:
             self._tell(row, record=True)
         return row

@@ -140,6 +140,11 @@ def _component_list(value: Any) -> Any:
     entries = value if isinstance(value, list | tuple) else [value]
     if not entries:
         raise ValueError("is empty, expected a component name")
+    return _component_refs(entries)
+
+
+def _component_refs(value: Any) -> tuple[ComponentRef, ...]:
+    entries = value if isinstance(value, list | tuple) else [value]
     refs = []
     for entry in entries:
         if isinstance(entry, ComponentRef):
@@ -158,6 +163,9 @@ def _component_dicts(refs: tuple[ComponentRef, ...]) -> list[dict[str, Any]]:
 
 Choices = Annotated[
     tuple[ComponentRef, ...], BeforeValidator(_component_list), PlainSerializer(_component_dicts)
+]
+Observers = Annotated[
+    tuple[ComponentRef, ...], BeforeValidator(_component_refs), PlainSerializer(_component_dicts)
 ]
 
 
@@ -458,6 +466,8 @@ class RunConfig(_Frozen):
     """How `train-teacher` (or `checkpoint: auto`) trains the model first."""
     baselines: tuple[Baseline, ...] = ()
     plugins: tuple[str, ...] = ()
+    observers: Observers = ()
+    """Who is told of trials as they finish, by name, with parameters."""
 
     @field_validator("teacher")
     @classmethod
@@ -516,8 +526,13 @@ def parse_config(data: Mapping[str, Any], *, source: str = "config") -> RunConfi
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
-    plain = _plain(config.model_dump(mode="python"))
-    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(plain_config(config), sort_keys=False, allow_unicode=True))
+
+
+def plain_config(config: RunConfig) -> dict[str, Any]:
+    """The resolved configuration as plain mappings, lists and values; what is not set is left out."""
+    plain: dict[str, Any] = _plain(config.model_dump(mode="python"))
+    return plain
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,16 @@ from collections.abc import Callable, Mapping
 
 import pluggy
 
-from ucc_search.interfaces import Aggregator, Cascade, Distiller, Importance, Metric, Sampler, Scorer
+from ucc_search.interfaces import (
+    Aggregator,
+    Cascade,
+    Distiller,
+    Importance,
+    Metric,
+    Observer,
+    Sampler,
+    Scorer,
+)
 
 PROJECT = "ucc_search"
 HOOKSPEC_VERSION = 1
@@ -53,3 +62,8 @@ def ucc_samplers() -> Mapping[str, Callable[..., Sampler]]:  # type: ignore[empt
 @hookspec
 def ucc_metrics() -> Mapping[str, Callable[..., Metric]]:  # type: ignore[empty-body]
     """Prices that a budget may limit, beside MACs, parameters and latency."""
+
+
+@hookspec
+def ucc_observers() -> Mapping[str, Callable[..., Observer]]:  # type: ignore[empty-body]
+    """Observers: are told when a run starts, a trial finishes and the run ends."""

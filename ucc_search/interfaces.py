@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from ucc_search.plan import CompressionPlan, ModelShape, UnitGroup
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
 
@@ -335,6 +337,23 @@ class Metric(Component):
         or wider layers is never cheaper. Percentages in a budget are of the uncompressed plan's value.
         """
         raise NotImplementedError(f"{type(self).__name__} must define value(plan, components)")
+
+
+class Observer(Component):
+    """Watches a run from the process that drives it: for trackers, notifications, live views.
+
+    Rows are those of `trials.csv`, the configuration that of `config.resolved.yaml`, both as plain
+    values. What it returns is ignored; if it raises, it is told nothing more and the run goes on.
+    """
+
+    def run_started(self, run_path: Path, config: Mapping[str, Any]) -> None:
+        """The run folder exists; called again when a run is resumed."""
+
+    def trial_finished(self, row: Mapping[str, Any]) -> None:
+        """One trial was filed, ok or failed; those of before a resume are not told again."""
+
+    def run_finished(self, run_path: Path) -> None:
+        """All tables are written; also called when the run was interrupted."""
 
 
 INFERENCE_KINDS = ("scorer", "aggregator", "cascade")

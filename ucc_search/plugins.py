@@ -30,6 +30,7 @@ from ucc_search.interfaces import (
     Distiller,
     Importance,
     Metric,
+    Observer,
     Sampler,
     Scorer,
 )
@@ -42,6 +43,7 @@ HOOKS = {
     "importance": "ucc_importances",
     "sampler": "ucc_samplers",
     "metric": "ucc_metrics",
+    "observer": "ucc_observers",
 }
 BASES = {
     "scorer": Scorer,
@@ -51,6 +53,7 @@ BASES = {
     "importance": Importance,
     "sampler": Sampler,
     "metric": Metric,
+    "observer": Observer,
 }
 ENVIRONMENT = "UCC_SEARCH_PLUGINS"
 STRICT = "UCC_SEARCH_STRICT"

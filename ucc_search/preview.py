@@ -12,6 +12,7 @@ from ucc_search.config import RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import ConfigError
 from ucc_search.interfaces import INFERENCE_KINDS
+from ucc_search.observers import Observers
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import HOOKS, Plugins
 from ucc_search.schedule import Scheduler, candidate_of, check_budgets
@@ -34,6 +35,7 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
     scheduler = Scheduler(config, shape, plugins)
     space = SearchSpace.of(config.space, shape, plugins)
     check_budgets(config, scheduler, space, plugins)
+    Observers.named(config.observers, plugins)
     steps = config.train.total_steps(train_images(config))
     dense = scheduler.dense_cost
     return {

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from ucc_search import estimate
 from ucc_search.analysis import pareto_front, usable
 from ucc_search.campaign import Campaign, Job, describe
-from ucc_search.config import RunConfig, dump_config
+from ucc_search.config import RunConfig, dump_config, plain_config
 from ucc_search.environment import environment
 from ucc_search.errors import DataError
 from ucc_search.interfaces import INFERENCE_KINDS
+from ucc_search.observers import Observers
 from ucc_search.plugins import Plugins
 from ucc_search.runs import Run
 from ucc_search.schedule import Scheduler, check_budgets
@@ -66,6 +67,7 @@ def search(
     shape = model_shape(config)
     space = SearchSpace.of(config.space, shape, plugins)
     check_budgets(config, Scheduler(config, shape, plugins), space, plugins)
+    observers = Observers.named(config.observers, plugins, log)
     here = functools.partial(this_bench, config, plugins)
     scheduler = Scheduler(config, shape, plugins, _bench_evaluate(here), lambda ref: here().depth_order(ref))
     if resume:
@@ -80,9 +82,10 @@ def search(
         store = RunStore.create(path, config, environment(config, records))
     with store.lock():
         start = time.monotonic()
+        observers.run_started(path, plain_config(config))
         try:
             starts = _chosen_ranks(config, here, space, scheduler, store, log)
-            campaign = Campaign(config, plugins, scheduler, space, store, starts)
+            campaign = Campaign(config, plugins, scheduler, space, store, starts, observers)
             if config.search.executor == "ray":
                 _run_on_ray(campaign, log)
             else:
@@ -91,6 +94,7 @@ def search(
             raise Interrupted(f"stopped; continue with --resume --out {path}") from None
         finally:
             Run(path).write_tables()
+            observers.run_finished(path)
         estimate.remember(campaign.rows, config)
         if config.search.keep_weights == "front":
             _drop_weights(store)

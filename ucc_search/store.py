@@ -19,7 +19,7 @@ from ucc_search.errors import RunError, did_you_mean
 from ucc_search.plan import CompressionPlan
 
 CONFIG, ENVIRONMENT, TRIALS = "config.resolved.yaml", "environment.json", "trials.jsonl"
-MAY_CHANGE = ("search.trials", "search.concurrency", "search.executor")
+MAY_CHANGE = ("search.trials", "search.concurrency", "search.executor", "observers")
 """Keys of the configuration that may differ when a run is resumed."""
 
 
@@ -147,7 +147,7 @@ class RunStore:
         before = _flat(yaml.safe_load(dump_config(store.config())))
         now = _flat(yaml.safe_load(dump_config(config)))
         for key in dict.fromkeys((*before, *now)):
-            if key not in MAY_CHANGE and before.get(key) != now.get(key):
+            if key.partition("[")[0] not in MAY_CHANGE and before.get(key) != now.get(key):
                 was, became = (repr(d[key]) if key in d else "not set" for d in (before, now))
                 raise RunError(
                     f"{path} was made with {key}: {was}, now it is {became}; "
