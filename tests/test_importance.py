@@ -15,6 +15,7 @@ from torch import nn
 
 from ucc_search import importance
 from ucc_search.builtin.importances import KL, Fisher, Magnitude, Random
+from ucc_search.checkpoints import ASSETS
 from ucc_search.compression import compress, shape_of
 from ucc_search.compression.masks import masked
 from ucc_search.config import DataConfig, load_config
@@ -22,7 +23,7 @@ from ucc_search.data import FASHION_MNIST_DEBIAN, load_data, proxy_batches
 from ucc_search.errors import PluginError
 from ucc_search.importance import ModelProbe, unit_scores
 from ucc_search.interfaces import Importance
-from ucc_search.models import ASSETS, build_model, load_weights, small_vit
+from ucc_search.models import build_model, load_weights, small_vit
 from ucc_search.plan import CompressionPlan
 
 SPACE = Path(__file__).resolve().parent.parent / "search_spaces" / "fashion_mnist_ucc.yaml"

@@ -18,7 +18,7 @@ HEAVY = {"torch", "torchvision", "timm", "ray", "optuna", "deepspeed", "pandas",
 LIGHT = [
     *("errors", "plan", "costs", "interfaces", "hookspecs", "units", "builtin", "plugins", "config"),
     *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
-    *("tables", "cli", "strength", "widths", "progress", "timing"),
+    *("tables", "cli", "strength", "widths", "progress", "parcel", "checkpoints", "timing"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""
 
@@ -46,7 +46,7 @@ ALLOWED = {
 """All that these modules may import of ours, wherever in the file; others are not restricted."""
 
 OWNERS = {
-    "ray": {"runner", "tuning", "doctor"},
+    "ray": {"cluster", "tuning", "doctor"},
     "optuna": {"proposer", "builtin"},
     "deepspeed": {"train"},
 }

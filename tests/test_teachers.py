@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from ucc_search.checkpoints import ASSETS
 from ucc_search.config import TrainConfig, load_config
 from ucc_search.data import FASHION_MNIST_DEBIAN, load_data
-from ucc_search.models import ASSETS, build_model, load_weights
+from ucc_search.models import build_model, load_weights
 from ucc_search.teachers import accuracy
 
 SPACE = Path(__file__).resolve().parent.parent / "search_spaces" / "fashion_mnist_ucc.yaml"

@@ -222,7 +222,9 @@ class Campaign:
         """File what a worker measured (or how it failed)."""
         job = self._open.pop(job_id)
         row = self._row(job, outcome)
-        self.store.write_trial(job.id, dict(job.params), job.plan, outcome.get("metrics") or ())
+        self.store.write_trial(
+            job.id, dict(job.params), job.plan, outcome.get("metrics") or (), outcome.get("files")
+        )
         self.store.append(row)
         self._rows.append(row)
         self._observers.trial_finished(row.to_dict())

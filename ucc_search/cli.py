@@ -129,10 +129,15 @@ def search(
     disable_plugin: Disable = None,
     no_plugins: NoPlugins = False,
     strict_plugins: Strict = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of a Ray cluster's head node, or auto; this machine alone by default."),
+    ] = None,
     sets: Sets = None,
 ) -> None:
     """Search, train the best candidates, and print the Pareto table."""
-    config = _config(space, sets, budgets=budget, trials=trials, seed=seed)
+    where = [f"search.ray_address={json.dumps(ray_address)}"] if ray_address is not None else []
+    config = _config(space, [*(sets or ()), *where], budgets=budget, trials=trials, seed=seed)
     plugins = _plugins(config, plugin, disable_plugin, no_plugins, strict_plugins)
     from rich.console import Console
 

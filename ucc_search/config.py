@@ -413,8 +413,13 @@ class SearchConfig(_Frozen):
     keep_weights: Literal["all", "front"] = "all"
     """Which trained models stay on disk when the run is done."""
     concurrency: int | None = Field(None, ge=1)
-    """Trials at a time; the default is one per CPU core, or per GPU."""
-    gpus_per_trial: float = Field(0.0, ge=0.0)
+    """Trials at a time; the default is as many as the cluster has room for."""
+    cpus_per_trial: int | None = Field(None, ge=1)
+    """Cores of one trial, shared by its workers; the default is one each, more if `concurrency` leaves more."""
+    gpus_per_trial: float | None = Field(None, ge=0.0)
+    """GPUs of one trial, shared by its workers; the default is one each where the cluster has any."""
+    ray_address: str | None = None
+    """HOST:PORT of the head node of a Ray cluster, or `auto`; the default is this machine alone."""
     ranks: RankSearchConfig | None = None
     """Where ranks are searched: choose them by gradient descent first."""
 
@@ -468,6 +473,15 @@ class RunConfig(_Frozen):
     plugins: tuple[str, ...] = ()
     observers: Observers = ()
     """Who is told of trials as they finish, by name, with parameters."""
+
+    @model_validator(mode="after")
+    def _gpu_for_each(self) -> RunConfig:
+        gpus, workers = self.search.gpus_per_trial, self.train.workers
+        if gpus and workers > 1 and gpus < workers:
+            raise ValueError(
+                f"search.gpus_per_trial is {gpus:g} and train.workers is {workers}, expected a GPU for each worker"
+            )
+        return self
 
     @field_validator("teacher")
     @classmethod

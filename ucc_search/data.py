@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ucc_search.config import AugmentConfig, DataConfig
 from ucc_search.errors import DataError, did_you_mean
+from ucc_search.shapes import FASHION_MNIST_DEBIAN
 
-FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SPLIT_SEED = 20240  # fixed: the split belongs to the data, not to the run's seed
 _NAMES = ("digits", "fashion-mnist", "folder:PATH", "torchvision:NAME", "hf:NAME")

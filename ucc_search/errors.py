@@ -38,6 +38,10 @@ class RunError(UserError):
     """A run folder that cannot be written, read or resumed."""
 
 
+class ClusterError(UserError):
+    """A Ray cluster that cannot be reached, or has no node big enough for a trial."""
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest allowed word, or an empty string."""
     close = difflib.get_close_matches(word, list(allowed), n=1)

@@ -15,8 +15,6 @@ from ucc_search.config import ModelConfig
 from ucc_search.errors import ModelError
 
 SMALL_VIT = "small_vit"
-SHIPPED = "shipped:"
-ASSETS = Path(__file__).parent / "assets" / "teachers"
 
 
 def build_model(config: ModelConfig, *, classes: int, channels: int) -> nn.Module:

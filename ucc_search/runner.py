@@ -1,26 +1,26 @@
-"""Run a campaign: on Ray Tune, or in this process. The only importer of ray."""
+"""Run a campaign: on Ray Tune, or in this process."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
-import logging
 import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ucc_search import estimate
 from ucc_search.analysis import pareto_front, usable
-from ucc_search.campaign import Campaign, Job, describe
-from ucc_search.config import RunConfig, dump_config, plain_config
+from ucc_search.campaign import Campaign, describe
+from ucc_search.checkpoints import remember_loaded, was_loaded
+from ucc_search.config import RunConfig, plain_config
 from ucc_search.environment import environment
 from ucc_search.errors import DataError
 from ucc_search.interfaces import INFERENCE_KINDS
 from ucc_search.observers import Observers
+from ucc_search.parcel import Parcel, folders_of_teacher
 from ucc_search.plugins import Plugins
 from ucc_search.runs import Run
 from ucc_search.schedule import Scheduler, check_budgets
@@ -70,26 +70,25 @@ def search(
     observers = Observers.named(config.observers, plugins, log)
     here = functools.partial(this_bench, config, plugins)
     scheduler = Scheduler(config, shape, plugins, _bench_evaluate(here), lambda ref: here().depth_order(ref))
-    if resume:
-        store = RunStore.resume(path, config)
-    else:
+    known = RunStore.resume(path, config) if resume else None
+    if known is None:
         RunStore.refuse_taken(path)
-        _prepare_teacher(config, log)
+        _prepare_teacher(config, plugins, log)
     # Before a folder is made: a criterion that fails leaves nothing behind, and scores have a cache of their own.
     measure_importance(config, plugins, shape, log)
-    if not resume:
-        records = [vars(r) for r in plugins.records]
-        store = RunStore.create(path, config, environment(config, records))
-    with store.lock():
+    with _cluster(config), _locked(known, path, config, plugins) as store:
         start = time.monotonic()
         observers.run_started(path, plain_config(config))
         try:
             starts = _chosen_ranks(config, here, space, scheduler, store, log)
             campaign = Campaign(config, plugins, scheduler, space, store, starts, observers)
+            parcel = Parcel.of(config, plugins, folders_of_teacher(config))
             if config.search.executor == "ray":
-                _run_on_ray(campaign, log)
+                from ucc_search.tuning import run_on_ray
+
+                run_on_ray(campaign, parcel, log)
             else:
-                _run_here(campaign, log)
+                _run_here(campaign, parcel, log)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; continue with --resume --out {path}") from None
         finally:
@@ -113,19 +112,39 @@ def _drop_weights(store: RunStore) -> None:
                 (store.folder(row.id) / name).unlink(missing_ok=True)
 
 
-def _prepare_teacher(config: RunConfig, log: Log) -> None:
-    """Bad data, a bad checkpoint or a wrong class count must show before a folder is made."""
-    from ucc_search.data import load_data
-    from ucc_search.teachers import load_teacher
+def _cluster(config: RunConfig) -> contextlib.AbstractContextManager[None]:
+    """Where the trials will run; also before a folder is made."""
+    if config.search.executor == "local":
+        return contextlib.nullcontext()
+    from ucc_search.cluster import connected
 
-    splits = load_data(config.data, config.train.augment)
-    load_teacher(config, splits, log=log)
+    return connected(config.search.ray_address)
+
+
+@contextlib.contextmanager
+def _locked(known: RunStore | None, path: Path, config: RunConfig, plugins: Plugins) -> Iterator[RunStore]:
+    """The run's store, made if there is none, for this process alone."""
+    records = [vars(r) for r in plugins.records]
+    store = known or RunStore.create(path, config, environment(config, records))
+    with store.lock():
+        yield store
+
+
+def _prepare_teacher(config: RunConfig, plugins: Plugins, log: Log) -> None:
+    """Bad data, a bad checkpoint or a wrong class count must show before a folder is made.
+
+    What was loaded once and has not changed since is not loaded again here, where nothing needs it.
+    """
+    if was_loaded(config):
+        return
+    size = this_bench(config, plugins, log).splits.image_size
     wanted = model_shape(config).image_size
-    if set(wanted) != {splits.image_size}:
+    if set(wanted) != {size}:
         raise DataError(
-            f"the images have {splits.image_size} x {splits.image_size} pixels, the model takes "
+            f"the images have {size} x {size} pixels, the model takes "
             f"{wanted[0]} x {wanted[1]}; set data.image_size or model.args.img_size"
         )
+    remember_loaded(config)
 
 
 def _chosen_ranks(
@@ -170,96 +189,18 @@ def _bench_evaluate(bench: Callable[[], Workbench]) -> Callable[..., Any]:
     return lambda parts, plan: bench().calibrated_accuracy(parts, plan)
 
 
-def _task_maker(campaign: Campaign, threads: int) -> Callable[[Job], dict[str, Any]]:
-    """What is the same for every job of a run is made once."""
-    common = {
-        "config": dump_config(campaign.config),
-        "plugins": list(campaign.plugins.sources),
-        "disabled": list(campaign.plugins.disabled),
-        "threads": threads,
-    }
-
-    def task(job: Job) -> dict[str, Any]:
-        return {**common, "out": str(campaign.store.folder(job.id).resolve()), "job": job.to_dict()}
-
-    return task
-
-
-def _run_here(campaign: Campaign, log: Log) -> None:
+def _run_here(campaign: Campaign, parcel: Parcel, log: Log) -> None:
     from ucc_search.worker import measure
 
     # Half of the logical cores: as many as there are real ones, and room for whatever else runs,
     # which OpenMP threads that wait for one another tolerate badly.
-    task = _task_maker(campaign, threads=max(1, (os.cpu_count() or 1) // 2))
+    common = {**parcel.open(), "threads": max(1, (os.cpu_count() or 1) // 2)}
     with contextlib.suppress(StopIteration):
         while True:
             job = campaign.next_job()
             assert job is not None, "one job at a time leaves none in flight"
-            row = campaign.finish(job.id, measure(task(job)))
+            row = campaign.finish(job.id, measure({**common, "job": job.to_dict()}))
             log(describe(row))
-
-
-def _run_on_ray(campaign: Campaign, log: Log) -> None:
-    _quiet_ray()
-    import ray
-    from ray import tune
-
-    from ucc_search.tuning import CampaignSearcher, SilentReporter, trainable
-
-    search = campaign.config.search
-    started = not ray.is_initialized()
-    if started:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    workers = campaign.config.train.workers
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    cpus = int(resources.get("CPU", 1))
-    at_once = search.concurrency or max(1, cpus // workers)
-    threads = max(1, cpus // (at_once * workers))
-    searcher = CampaignSearcher(campaign, _task_maker(campaign, threads), log)
-    scratch = campaign.store.path / "ray"
-    try:
-        tuner = tune.Tuner(
-            tune.with_resources(
-                trainable,
-                {"cpu": workers if at_once * workers <= cpus else 1, "gpu": search.gpus_per_trial},
-            ),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher, num_samples=-1, max_concurrent_trials=at_once, reuse_actors=True
-            ),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=str(scratch.resolve()),
-                verbose=0,
-                progress_reporter=SilentReporter(),
-                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            ),
-        )
-        tuner.fit()
-    finally:
-        if started:
-            ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
-    if searcher.problem is not None:
-        raise searcher.problem
-    if not searcher.finished:
-        raise KeyboardInterrupt
-
-
-def _quiet_ray() -> None:
-    """Ray prints its own tables and warnings even at verbosity 0; the run has its own lines."""
-    settings = {
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-        "TUNE_WARN_THRESHOLD_S": "60",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    for key, value in settings.items():
-        os.environ.setdefault(key, value)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
 def exit_code(run: Run) -> int:

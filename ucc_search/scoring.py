@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 Log = Callable[[str], None]
 
 
-def this_bench(config: RunConfig, plugins: Plugins) -> Workbench:
+def this_bench(config: RunConfig, plugins: Plugins, log: Log = lambda text: None) -> Workbench:
     """This process's bench: data and teacher, for what must be measured before a plan can be made."""
     from ucc_search.workbench import warm_bench
 
-    return warm_bench(dump_config(config), plugins.sources, plugins.disabled)
+    return warm_bench(dump_config(config), plugins.sources, plugins.disabled, log)
 
 
 def score_units(config: RunConfig, plugins: Plugins, *, log: Log = lambda text: None) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from typing import Any
 from ucc_search.config import RunConfig
 from ucc_search.plan import ModelShape
 
+FASHION_MNIST_DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package puts it."""
+
 
 def cache_folder() -> Path:
     """Where teachers and shapes are kept between runs; UCC_SEARCH_CACHE moves it."""

@@ -19,7 +19,14 @@ from ucc_search.errors import RunError, did_you_mean
 from ucc_search.plan import CompressionPlan
 
 CONFIG, ENVIRONMENT, TRIALS = "config.resolved.yaml", "environment.json", "trials.jsonl"
+<<<<<<< HEAD
 MAY_CHANGE = ("search.trials", "search.concurrency", "search.executor", "observers")
+=======
+MAY_CHANGE = (
+    *("search.trials", "search.concurrency", "search.executor"),
+    *("search.ray_address", "search.cpus_per_trial", "search.gpus_per_trial"),
+)
+>>>>>>> 4e1b703 (Ray: nodes may come and go, an existing cluster by its address, and the driver alone writes the run folder)
 """Keys of the configuration that may differ when a run is resumed."""
 
 
@@ -240,14 +247,18 @@ class RunStore:
         params: Mapping[str, Any],
         plan: CompressionPlan,
         metrics: Sequence[Mapping[str, Any]] = (),
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """The trial's own folder: parameters, plan and loss curve."""
+        """The trial's own folder: parameters, plan, loss curve, and the files that its worker made."""
         folder = self.folder(trial)
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / "params.json", _json(params, indent=1) + "\n")
         replace_text(folder / "plan.json", plan.to_json() + "\n")
         # Written even when empty: a killed trial may have left a curve under the same id.
         replace_text(folder / "metrics.jsonl", "".join(_json(m) + "\n" for m in metrics))
+        for name, content in (files or {}).items():
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(content)
 
 
 @contextlib.contextmanager

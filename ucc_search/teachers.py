@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -13,12 +12,12 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from ucc_search.checkpoints import checkpoint_path
 from ucc_search.config import RunConfig
 from ucc_search.data import Splits, load_data, ordered_batches
 from ucc_search.errors import ConfigError, ModelError
 from ucc_search.losses import TaskLoss
-from ucc_search.models import ASSETS, SHIPPED, build_model, load_weights
-from ucc_search.shapes import cache_folder, folder_stamp
+from ucc_search.models import build_model, load_weights
 from ucc_search.train import fit
 
 RECIPE = "recipe.json"
@@ -60,35 +59,6 @@ def _refuse_other_split(config: RunConfig, path: Path) -> None:
             f"{path}: this teacher was trained with data.select: {trained.get('select')}, now it is {now['select']}, "
             "so selection would use images it was trained on; set it back, or train another teacher"
         )
-
-
-def checkpoint_path(config: RunConfig) -> Path | None:
-    """Where the configured weights lie; None where timm supplies them."""
-    name = config.model.checkpoint
-    if name is None:
-        return None
-    if name == "auto":
-        if config.teacher is None:
-            raise ConfigError("model.checkpoint is 'auto', which needs a `teacher:` section to train by")
-        # What training does not see is left out, and so are defaults: a key added later changes nothing.
-        unseen = {"calibration", "proxy", "loader_workers"}
-        sections = (
-            config.model.model_dump(exclude_defaults=True),
-            config.data.model_dump(exclude_defaults=True, exclude=unseen),
-            config.teacher.model_dump(exclude_defaults=True),
-        )
-        recipe = json.dumps([*sections, folder_stamp(config)], default=str)
-        digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
-        folder = cache_folder() / "teachers"
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f"{config.model.name}-{digest}"
-    if name.startswith(SHIPPED):
-        path = ASSETS / name.removeprefix(SHIPPED)
-        if not path.is_dir():
-            shipped = ", ".join(SHIPPED + p.name for p in sorted(ASSETS.glob("*/"))) or "none"
-            raise ModelError(f"model.checkpoint is {name!r}, shipped are: {shipped}")
-        return path
-    return Path(name).expanduser()
 
 
 def train_teacher(

@@ -2,37 +2,106 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
+import shutil
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import ray
 from ray import tune
-from ray.tune import ProgressReporter
+from ray.tune import Callback, ProgressReporter
 from ray.tune.search import Searcher
 
 from ucc_search.campaign import Campaign, Job, describe
+from ucc_search.cluster import Placement, at_once, nodes, placement
 from ucc_search.errors import UserError
+from ucc_search.parcel import Parcel
+
+DEATHS = 2
+"""So often a trial may take its worker down before it is filed as failed."""
+LOSSES = 20
+"""So often a trial is made again because a node of the cluster went away."""
+
+Log = Callable[[str], None]
+
+
+def run_on_ray(campaign: Campaign, parcel: Parcel, log: Log) -> None:
+    """Carry out a campaign on the cluster this process is connected to.
+
+    Raises:
+        UserError: a trial does not fit on any node, or what the campaign raises.
+        KeyboardInterrupt: stopped from outside.
+    """
+    one = placement(campaign.config, list(nodes().values()))
+    searcher = CampaignSearcher(campaign, one, log)
+    scratch = campaign.store.path / "ray"
+    try:
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(trainable, sent=_send(parcel)), {"cpu": one.cpus, "gpu": one.gpus}
+            ),
+            tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(scratch.resolve()),
+                verbose=0,
+                progress_reporter=SilentReporter(),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+                callbacks=[FileCatcher(searcher.files)],
+            ),
+        )
+        tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if searcher.problem is not None:
+        raise searcher.problem
+    if not searcher.finished:
+        raise KeyboardInterrupt
+
+
+@dataclass
+class _Flight:
+    """A job that a worker has."""
+
+    job: Job
+    nodes: frozenset[str]  # alive when it was handed out
 
 
 class CampaignSearcher(Searcher):
-    """Lets Ray Tune pull the campaign's jobs and hands their outcomes back; holds no state of its own.
+    """Lets Ray Tune pull the campaign's jobs and hands their outcomes back.
+
+    A job whose worker dies is handed out again: as often as it takes when a node of the cluster went away
+    meanwhile (up to LOSSES), else until it was tried DEATHS times.
 
     Attributes:
+        files: what a trial's result brought along for its folder, by Tune's id; see `FileCatcher`.
         finished: the campaign has no more jobs.
         problem: what went wrong while a job was being made, raised after Tune has stopped.
     """
 
-    def __init__(
-        self, campaign: Campaign, task: Callable[[Job], Mapping[str, Any]], log: Callable[[str], None]
-    ) -> None:
+    def __init__(self, campaign: Campaign, one: Placement, log: Log) -> None:
         super().__init__(metric="seconds", mode="min")
-        self._campaign, self._task, self._log = campaign, task, log
-        self._jobs: dict[str, Job] = {}
+        self._campaign, self._placement, self._log = campaign, one, log
+        self._flights: dict[str, _Flight] = {}
+        self._again: deque[Job] = deque()
+        self._deaths: Counter[int] = Counter()
+        self._losses: Counter[int] = Counter()
+        self._seen = (0.0, dict[str, Any]())
+        self.files: dict[str, Any] = {}
         self.finished = False
         self.problem: UserError | None = None
 
     def suggest(self, trial_id: str) -> Any:
+        found = self._nodes()
+        # Nodes may join or leave while the run goes on.
+        if len(self._flights) >= at_once(self._campaign.config, self._placement, list(found.values())):
+            return None
         try:
-            job = self._campaign.next_job()
+            job = self._again.popleft() if self._again else self._campaign.next_job()
         except StopIteration:
             self.finished = True
             return Searcher.FINISHED
@@ -41,18 +110,43 @@ class CampaignSearcher(Searcher):
             return Searcher.FINISHED
         if job is None:
             return None
-        self._jobs[trial_id] = job
-        return dict(self._task(job))
+        self._flights[trial_id] = _Flight(job, frozenset(found))
+        return {"threads": self._placement.threads, "job": job.to_dict()}
+
+    def _nodes(self, newest: bool = False) -> dict[str, Any]:
+        """The cluster's nodes, asked for at most once a second unless the newest are needed."""
+        asked, found = self._seen
+        if newest or time.monotonic() - asked > 1:
+            found = nodes()
+            self._seen = (time.monotonic(), found)
+        return found
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        job = self._jobs.pop(trial_id, None)
-        if job is None:
+        files = self.files.pop(trial_id, ())
+        flight = self._flights.pop(trial_id, None)
+        if flight is None:
             return
         if error or result is None or "state" not in result:
+            if self._made_again(flight):
+                return
             result = {"state": "failed", "failure": "worker_died", "error": "the worker process ended"}
-        self._log(describe(self._campaign.finish(job.id, result)))
+        self._log(describe(self._campaign.finish(flight.job.id, {**result, "files": dict(files)})))
+
+    def _made_again(self, flight: _Flight) -> bool:
+        """Whether a job whose worker died goes back into the queue."""
+        job = flight.job
+        if flight.nodes - set(self._nodes(newest=True)):
+            self._losses[job.id] += 1
+            again, why = self._losses[job.id] <= LOSSES, "a node went away"
+        else:
+            self._deaths[job.id] += 1
+            again, why = self._deaths[job.id] < DEATHS, "its worker process ended"
+        if again:
+            self._log(f"trial {job.id} is made again: {why}")
+            self._again.append(job)
+        return again
 
     # Ray snapshots searchers as it goes; what ours knows is in the run's own store.
     def __getstate__(self) -> dict[str, Any]:
@@ -65,6 +159,20 @@ class CampaignSearcher(Searcher):
         return None
 
 
+class FileCatcher(Callback):
+    """Takes the files (megabytes of weights) out of a result before Tune keeps and copies it."""
+
+    def __init__(self, caught: dict[str, Any]) -> None:
+        self._caught = caught
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        files = result.pop("files", ())
+        if files:
+            self._caught[trial.trial_id] = files
+
+
 class SilentReporter(ProgressReporter):
     """Keeps Ray's own tables off the terminal."""
 
@@ -75,8 +183,30 @@ class SilentReporter(ProgressReporter):
         return None
 
 
-def trainable(task: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Sent:
+    """A parcel in Ray's object store."""
+
+    key: str
+    parcel: Any
+    """Its reference: a worker that has opened the parcel does not fetch it again."""
+
+
+def _send(parcel: Parcel) -> Sent:
+    packed = pickle.dumps(parcel)
+    return Sent(hashlib.sha256(packed).hexdigest(), ray.put(packed))
+
+
+_opened: dict[str, dict[str, Any]] = {}
+
+
+def trainable(task: dict[str, Any], sent: Sent) -> None:
     """Ray Tune's function: one job on this worker's warm bench."""
     from ucc_search.worker import measure
 
-    tune.report(measure(task))
+    if sent.key not in _opened:
+        _opened.clear()
+        _opened[sent.key] = pickle.loads(ray.get(sent.parcel)).open()
+    outcome: Mapping[str, Any] = measure({**_opened[sent.key], **task})
+    # Pairs instead of a mapping, which Tune would flatten into its table of results. `done` ends the trial here.
+    tune.report({**outcome, "files": list(outcome.get("files", {}).items()), "done": True})

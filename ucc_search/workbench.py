@@ -248,11 +248,17 @@ def _metrics(losses: Sequence[float], parts: Sequence[Mapping[str, float]]) -> l
 _benches: dict[str, Workbench] = {}
 
 
-def warm_bench(resolved: str, sources: Sequence[str], disabled: Sequence[str]) -> Workbench:
+def warm_bench(
+    resolved: str,
+    sources: Sequence[str],
+    disabled: Sequence[str],
+    log: Callable[[str], None] = lambda text: None,
+) -> Workbench:
     """This process's bench for a resolved configuration; a worker keeps only the newest."""
     key = repr((resolved, tuple(sources), tuple(disabled)))
     if key not in _benches:
         _benches.clear()
         config = parse_config(yaml.safe_load(resolved))
-        _benches[key] = Workbench(config, Plugins.load(sources, disabled=disabled, environment=False))
+        loaded = Plugins.load(sources, disabled=disabled, environment=False)
+        _benches[key] = Workbench(config, loaded, log=log)
     return _benches[key]

@@ -25,18 +25,21 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     """Carry out one job; never raises, a failure is an outcome with its class.
 
     Args:
-        task: `config` (resolved YAML), `plugins` (sources), `disabled`, `threads`, `out` (the
-            trial's folder) and `job` (`campaign.Job.to_dict`).
+        task: `config` (resolved YAML), `plugins` (sources), `sources` (how the user named them), `disabled`,
+            `threads` and `job` (`campaign.Job.to_dict`).
 
     Returns:
-        state, failure, error, kl, accuracy, test_accuracy, loss, metrics, seconds, compute_seconds.
+        state, failure, error, kl, accuracy, test_accuracy, loss, metrics, seconds, compute_seconds, and `files`:
+        content by name, which the run's own process writes into the trial's folder.
     """
     start = time.perf_counter()
     try:
         torch.set_num_threads(task["threads"])
         bench = warm_bench(task["config"], task["plugins"], task["disabled"])
-        measured, steps = _measure(bench, task)
-        outcome = _outcome(measured) | {"steps": steps}
+        with tempfile.TemporaryDirectory(prefix="ucc-search-") as folder:
+            measured, steps = _measure(bench, {**task, "out": folder})
+            files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        outcome = _outcome(measured) | {"steps": steps, "files": files}
     except Exception as error:  # a candidate's failure must not end the run
         logging.getLogger(__name__).debug("trial failed", exc_info=True)
         outcome = {"state": "failed", "failure": failure_class(error), "error": _one_line(error)}
@@ -68,7 +71,7 @@ def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> 
     plan, refs, parts = _decode(bench, task["job"])
     identities = {kind: bench.plugins.identity(kind, ref.name) for kind, ref in refs.items()}
     normalisation = {"mean": bench.splits.mean, "std": bench.splits.std}
-    arch = arch_of(bench.config.model, refs, identities, bench.plugins.sources, normalisation)
+    arch = arch_of(bench.config.model, refs, identities, task["sources"], normalisation)
     return bench.train(
         plan,
         parts,
