@@ -38,7 +38,7 @@ def connected(address: str | None) -> Iterator[None]:
     Raises:
         ClusterError: no cluster answers there.
     """
-    quiet_ray()
+    _quiet_ray()
     if ray.is_initialized():
         yield
         return
@@ -55,6 +55,7 @@ def connected(address: str | None) -> Iterator[None]:
         where = f"no Ray cluster can be used at {address!r}" if address else "Ray cannot be started here"
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(f"{where} ({reason}); set search.executor: local to do without") from None
+    _silence_ray()
     try:
         yield
     finally:
@@ -122,7 +123,7 @@ def _fit(node: Resources, cpus: int, gpus: float) -> int:
     return by_cpu if not gpus else min(by_cpu, int(node.get("GPU", 0) / gpus + 1e-9))
 
 
-def quiet_ray() -> None:
+def _quiet_ray() -> None:
     """Ray prints its own tables and warnings even at verbosity 0; the run has its own lines."""
     settings = {
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -133,9 +134,18 @@ def quiet_ray() -> None:
         "TUNE_WARN_THRESHOLD_S": "60",
         # Tune's own snapshots are never read: what is finished is in the run's store.
         "TUNE_GLOBAL_CHECKPOINT_S": "100000",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     for key, value in settings.items():
         os.environ.setdefault(key, value)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+
+
+def _silence_ray() -> None:
+    """What Ray prints of a lost node is pages long; the run has a line for every trial that is made again."""
+    for name in ("ray", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with contextlib.suppress(ImportError, AttributeError, KeyError, ValueError):
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+
+        dispatcher.remove_handler("ray_print_logs")

@@ -6,7 +6,7 @@ import hashlib
 import pickle
 import shutil
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,9 @@ from ucc_search.errors import UserError
 from ucc_search.parcel import Parcel
 
 DEATHS = 2
-"""So often a trial may take its worker down before it is filed as failed."""
+"""So often a trial's worker may die on nodes that live on before the trial is filed as failed."""
 LOSSES = 20
-"""So often a trial is made again because a node of the cluster went away."""
+"""So often a trial is made again, whatever the reason."""
 
 Log = Callable[[str], None]
 
@@ -74,8 +74,7 @@ class _Flight:
 class CampaignSearcher(Searcher):
     """Lets Ray Tune pull the campaign's jobs and hands their outcomes back.
 
-    A job whose worker dies is handed out again: as often as it takes when a node of the cluster went away
-    meanwhile (up to LOSSES), else until it was tried DEATHS times.
+    A job whose worker dies is handed out again, unless that worker died DEATHS times while no node went away.
 
     Attributes:
         files: what a trial's result brought along for its folder, by Tune's id; see `FileCatcher`.
@@ -88,8 +87,7 @@ class CampaignSearcher(Searcher):
         self._campaign, self._placement, self._log = campaign, one, log
         self._flights: dict[str, _Flight] = {}
         self._again: deque[Job] = deque()
-        self._deaths: Counter[int] = Counter()
-        self._losses: Counter[int] = Counter()
+        self._lost: defaultdict[int, list[_Flight]] = defaultdict(list)
         self._seen = (0.0, dict[str, Any]())
         self.files: dict[str, Any] = {}
         self.finished = False
@@ -136,17 +134,15 @@ class CampaignSearcher(Searcher):
 
     def _made_again(self, flight: _Flight) -> bool:
         """Whether a job whose worker died goes back into the queue."""
-        job = flight.job
-        if flight.nodes - set(self._nodes(newest=True)):
-            self._losses[job.id] += 1
-            again, why = self._losses[job.id] <= LOSSES, "a node went away"
-        else:
-            self._deaths[job.id] += 1
-            again, why = self._deaths[job.id] < DEATHS, "its worker process ended"
-        if again:
-            self._log(f"trial {job.id} is made again: {why}")
-            self._again.append(job)
-        return again
+        lost, alive = self._lost[flight.job.id], set(self._nodes(newest=True))
+        lost.append(flight)
+        # All of them anew: Ray may notice that a node is gone only after its workers are.
+        deaths = sum(f.nodes <= alive for f in lost)
+        if deaths >= DEATHS or len(lost) > LOSSES:
+            return False
+        self._log(f"trial {flight.job.id} is made again: its worker or its node went away")
+        self._again.append(flight.job)
+        return True
 
     # Ray snapshots searchers as it goes; what ours knows is in the run's own store.
     def __getstate__(self) -> dict[str, Any]:
