@@ -19,14 +19,10 @@ from ucc_search.errors import RunError, did_you_mean
 from ucc_search.plan import CompressionPlan
 
 CONFIG, ENVIRONMENT, TRIALS = "config.resolved.yaml", "environment.json", "trials.jsonl"
-<<<<<<< HEAD
-MAY_CHANGE = ("search.trials", "search.concurrency", "search.executor", "observers")
-=======
 MAY_CHANGE = (
-    *("search.trials", "search.concurrency", "search.executor"),
+    *("search.trials", "search.concurrency", "search.executor", "observers"),
     *("search.ray_address", "search.cpus_per_trial", "search.gpus_per_trial"),
 )
->>>>>>> 4e1b703 (Ray: nodes may come and go, an existing cluster by its address, and the driver alone writes the run folder)
 """Keys of the configuration that may differ when a run is resumed."""
 
 
