@@ -187,6 +187,11 @@ WRONG = {
         ("pick", "run", "--max-macs", "1k"),
         ["no trial fits", "the fewest of any", "allow more"],
     ),
+    "analyze with no run": (("analyze", "run", "empty"), ["empty", "not a run folder"]),
+    "pick by latency": (
+        ("pick", "run", "--max-latency-ms", "3"),
+        ["no trial's latency was measured", "budget.latency_ms"],
+    ),
     "pick no amount": (("pick", "run", "--max-params", "few"), ["--max-params is 'few'", "such as 2.1G"]),
     "inspect unknown": (("models", "inspect", "vit_tny_patch16_224"), ["vit_tny", "vit_tiny_patch16_224"]),
     "inspect argument": (

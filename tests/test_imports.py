@@ -19,6 +19,7 @@ LIGHT = [
     *("errors", "plan", "costs", "interfaces", "hookspecs", "units", "builtin", "plugins", "config"),
     *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
     *("tables", "cli", "strength", "widths", "progress", "parcel", "checkpoints", "timing"),
+    *("spread", "influence", "comparison"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""
 
@@ -40,6 +41,9 @@ ALLOWED = {
     "schedule": {"budget", "config", "costs", "errors", "interfaces", "plan", "plugins", "space", "widths"},
     "analysis": {"errors", "store", "units"},
     "proposer": {"builtin", "interfaces"},
+    "spread": {"analysis", "store"},
+    "influence": {"analysis", "store"},
+    "comparison": {"analysis", "errors", "runs", "spread", "store"},
     "compression": {"builtin", "errors", "interfaces", "plan"},
     "builtin": {"errors", "hookspecs", "interfaces", "plan", "strength"},
 }
@@ -47,7 +51,7 @@ ALLOWED = {
 
 OWNERS = {
     "ray": {"cluster", "tuning", "doctor"},
-    "optuna": {"proposer", "builtin"},
+    "optuna": {"proposer", "builtin", "influence"},
     "deepspeed": {"train"},
 }
 """The only modules that name these packages; doctor asks whether they work."""

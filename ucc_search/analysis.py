@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ucc_search.errors import RunError
@@ -43,6 +43,7 @@ class Point:
     macs: int
     macs_ratio: float
     params: int
+    latency_ms: float | None  # of the first of its trials, where it was measured
     accuracy: float | None
     accuracy_std: float | None
     test_accuracy: float | None
@@ -114,6 +115,7 @@ def _point(group: Sequence[TrialRow]) -> Point:
         macs=first.macs,
         macs_ratio=first.macs_ratio,
         params=first.params,
+        latency_ms=getattr(first, "latency_ms", None),
         accuracy=accuracy,
         accuracy_std=accuracy_std,
         test_accuracy=test,
@@ -245,6 +247,7 @@ def best_under(
     *,
     max_macs: int | None = None,
     max_params: int | None = None,
+    max_latency_ms: float | None = None,
     where: str = "the run",
 ) -> TrialRow:
     """The first trial of the best point within the limits.
@@ -252,6 +255,7 @@ def best_under(
     The point is chosen by its mean over seeds. Of its trials the first is returned, not the luckiest.
 
     Args:
+        max_latency_ms: a trial whose latency was not measured does not fit.
         where: what the error names.
 
     Raises:
@@ -260,24 +264,39 @@ def best_under(
     points = measured(rows)
     if not points:
         raise RunError(f"{where}: no usable trial yet; ucc-search analyze shows what failed and why")
-    within = [
-        p
-        for p in points
-        if (max_macs is None or p.macs <= max_macs) and (max_params is None or p.params <= max_params)
-    ]
+    limits = {"macs": max_macs, "params": max_params, "latency_ms": max_latency_ms}
+    asked = {name: limit for name, limit in limits.items() if limit is not None}
+    within = [p for p in points if all(_price(p, name) <= limit for name, limit in asked.items())]
     if not within:
-        raise _none_fits(points, max_macs, max_params, where)
+        raise _none_fits(points, asked, where)
     best = max(within, key=lambda p: (quality(p), -p.macs, -p.params, -p.id))
     return next(r for r in rows if r.id == best.id)
 
 
-def _none_fits(points: Sequence[Point], max_macs: int | None, max_params: int | None, where: str) -> RunError:
-    asked = [] if max_macs is None else [format_macs(max_macs)]
-    asked += [] if max_params is None else [format_params(max_params)]
-    least = format_macs(min(p.macs for p in points)), format_params(min(p.params for p in points))
+_WORDS: Mapping[str, Callable[[float], str]] = {
+    "macs": lambda v: format_macs(round(v)),
+    "params": lambda v: format_params(round(v)),
+    "latency_ms": lambda v: f"{v:.3g} ms",
+}
+
+
+def _price(point: Point, name: str) -> float:
+    """Infinity where it was not measured."""
+    value = getattr(point, name)
+    return math.inf if value is None else float(value)
+
+
+def _none_fits(points: Sequence[Point], asked: Mapping[str, float], where: str) -> RunError:
+    limits = " and ".join(_WORDS[name](limit) for name, limit in asked.items())
+    least = {name: min(_price(p, name) for p in points) for name in dict.fromkeys(("macs", "params", *asked))}
+    if math.isinf(least.get("latency_ms", 0.0)):
+        return RunError(
+            f"{where}: no trial's latency was measured; limit MACs or parameters, or search with budget.latency_ms"
+        )
+    named = [_WORDS[name](value) for name, value in least.items()]
     return RunError(
-        f"{where}: no trial fits {' and '.join(asked)}; the fewest of any trial are {least[0]} "
-        f"and {least[1]}; allow more, or search again with a smaller budget"
+        f"{where}: no trial fits {limits}; the fewest of any trial are {', '.join(named[:-1])} and {named[-1]}; "
+        "allow more, or search again with a smaller budget"
     )
 
 
@@ -298,6 +317,26 @@ def compare_methods(rows: Iterable[TrialRow], rung: str | None = None) -> list[P
 def failures_by_class(rows: Iterable[TrialRow]) -> dict[str, int]:
     """Failed trials by class, the most frequent first."""
     return dict(Counter(r.failure or "error" for r in rows if r.state == "failed").most_common())
+
+
+@dataclass(frozen=True, slots=True)
+class FailureClass:
+    """Trials that failed in one way."""
+
+    failure: str
+    trials: int
+    first: int  # the id of one of them
+    error: str | None  # what that one said
+
+
+def failure_classes(rows: Sequence[TrialRow]) -> list[FailureClass]:
+    """`failures_by_class` with an example of each."""
+    failed = [r for r in rows if r.state == "failed"]
+    first = {
+        name: next(r for r in failed if (r.failure or "error") == name) for name in failures_by_class(rows)
+    }
+    counts = failures_by_class(rows)
+    return [FailureClass(name, counts[name], row.id, row.error) for name, row in first.items()]
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,18 +180,38 @@ def plan(
 
 
 @app.command()
-def analyze(run: RunFolder, as_json: Json = False) -> None:
-    """The Pareto front of a run, its baselines, failures, and what to do next."""
-    from ucc_search.runs import load_run
-    from ucc_search.tables import analysis_json, print_analysis
-
-    opened = load_run(run)
-    if as_json:
-        typer.echo(json.dumps(analysis_json(opened), indent=1))
-        return
+def analyze(
+    run: RunFolder,
+    other: Annotated[
+        Path | None, typer.Argument(help="Another run to compare it with.", show_default=False)
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Compare even where data, model or teacher differ.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """The Pareto front of a run, its baselines, what mattered, failures; or two runs side by side."""
     from rich.console import Console
 
-    print_analysis(opened, Console())
+    from ucc_search.runs import load_run
+
+    opened = load_run(run)
+    if other is not None:
+        from ucc_search.comparison import compare_runs
+        from ucc_search.tables import comparison_json, print_comparison
+
+        found = compare_runs(opened, load_run(other), anyway=anyway)
+        if as_json:
+            typer.echo(json.dumps(comparison_json(found), indent=1))
+        else:
+            print_comparison(found, Console())
+        return
+    from ucc_search.tables import analysis_json, print_analysis
+
+    if as_json:
+        typer.echo(json.dumps(analysis_json(opened), indent=1))
+    else:
+        print_analysis(opened, Console())
 
 
 @app.command()
@@ -200,6 +220,9 @@ def pick(
     max_gmacs: Annotated[float | None, typer.Option(help="Upper limit in GMACs per image.")] = None,
     max_macs: Annotated[str | None, typer.Option(help="Upper limit in MACs: 2.1G, 600M.")] = None,
     max_params: Annotated[str | None, typer.Option(help="Upper limit in parameters: 5M.")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Upper limit in milliseconds, where the run measured them.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The best trial under limits, and how to use it."""
@@ -212,7 +235,9 @@ def pick(
         limits.append(parse_amount(max_gmacs * 1e9, key="--max-gmacs (in MACs)"))
     opened = load_run(run)
     params = parse_amount(max_params, key="--max-params") if max_params is not None else None
-    row = opened.pick(max_macs=min(limits) if limits else None, max_params=params)
+    row = opened.pick(
+        max_macs=min(limits) if limits else None, max_params=params, max_latency_ms=max_latency_ms
+    )
     typer.echo(json.dumps(row.to_dict(), indent=1) if as_json else pick_message(opened, row))
 
 

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ucc_search.analysis import Point, best_under, pareto_front
+from ucc_search import analysis
+from ucc_search.analysis import Point
 from ucc_search.config import RunConfig
 from ucc_search.store import RunStore, TrialRow, replace_text, replacing
 from ucc_search.units import parse_amount
@@ -53,13 +54,84 @@ class Run:
         Returns:
             Columns are the fields of `analysis.Point`. The dense model is not among the rows.
         """
-        return _frame(pareto_front(self.rows, rung, by), Point)
+        return _frame(analysis.pareto_front(self.rows, rung, by), Point)
 
-    def pick(self, *, max_macs: int | str | None = None, max_params: int | str | None = None) -> TrialRow:
+    def knee(self, rung: str | None = None, by: str | None = None) -> Point | None:
+        """The front's point farthest above the line between its ends; None where no point is above it."""
+        return analysis.knee(analysis.pareto_front(self.rows, rung, by), by)
+
+    def hypervolume(self, rung: str | None = None) -> pd.DataFrame:
+        """What the front dominates once each trial had finished; columns trial and hypervolume.
+
+        In MACs times accuracy (nats on the zero-shot rung), above the worst quality and below the dense MACs.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(analysis.hypervolume_history(self.rows, rung), columns=["trial", "hypervolume"])
+
+    def importances(self, of: Literal["parameters", "blocks"] = "parameters") -> pd.DataFrame:
+        """Which searched parameters, or which blocks, the quality depended on, per budget (functional ANOVA).
+
+        Returns:
+            Columns are the fields of `influence.Importance` or `influence.BlockImportance`.
+        """
+        from ucc_search.influence import BlockImportance, Importance, block_importances, parameter_importances
+
+        found = parameter_importances(self.rows)
+        return (
+            _frame(found, Importance)
+            if of == "parameters"
+            else _frame(block_importances(found), BlockImportance)
+        )
+
+    def sensitivity(self) -> pd.DataFrame:
+        """Each block's ratios against the quality, per budget; columns are the fields of `influence.Sensitivity`."""
+        from ucc_search.influence import Sensitivity, block_sensitivity
+
+        return _frame(block_sensitivity(self.rows), Sensitivity)
+
+    def standings(self) -> pd.DataFrame:
+        """Which methods can be told from the best of their budget; columns are the fields of `spread.Standing`."""
+        from ucc_search.spread import Standing, standings
+
+        return _frame(standings(self.rows), Standing)
+
+    def compare(self, other: Run, *, anyway: bool = False) -> pd.DataFrame:
+        """This run (a) beside another (b), per budget and method.
+
+        Args:
+            anyway: also where data, model or teacher differ.
+
+        Returns:
+            Columns are the fields of `comparison.MethodPair`; `frame.attrs["differences"]` lists what differs
+            between the configurations, as (key, a, b).
+
+        Raises:
+            RunError: data, model or teacher differ.
+        """
+        from ucc_search.comparison import MethodPair, compare_runs
+
+        found = compare_runs(self, other, anyway=anyway)
+        frame = _frame(found.methods, MethodPair)
+        frame.attrs["differences"] = [(d.key, d.a, d.b) for d in found.differences]
+        return frame
+
+    def failures(self) -> pd.DataFrame:
+        """Failed trials by class, the most frequent first; columns are the fields of `analysis.FailureClass`."""
+        return _frame(analysis.failure_classes(self.rows), analysis.FailureClass)
+
+    def pick(
+        self,
+        *,
+        max_macs: int | str | None = None,
+        max_params: int | str | None = None,
+        max_latency_ms: float | None = None,
+    ) -> TrialRow:
         """The best trial under these limits, by selection accuracy (by KL in a zero-shot run).
 
         Args:
             max_macs: for one image, a number or a text such as "2.1G"; likewise `max_params`.
+            max_latency_ms: where the run measured it.
 
         Raises:
             RunError: no trial fits.
@@ -67,7 +139,9 @@ class Run:
         """
         macs = None if max_macs is None else parse_amount(max_macs, key="max_macs")
         params = None if max_params is None else parse_amount(max_params, key="max_params")
-        return best_under(self.rows, max_macs=macs, max_params=params, where=str(self.path))
+        return analysis.best_under(
+            self.rows, max_macs=macs, max_params=params, max_latency_ms=max_latency_ms, where=str(self.path)
+        )
 
     def summary(self) -> dict[str, Any]:
         """The run in a few numbers; JSON-able."""

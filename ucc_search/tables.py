@@ -15,12 +15,25 @@ from rich.text import Text
 
 from ucc_search import analysis
 from ucc_search.analysis import Point
+from ucc_search.comparison import BudgetPair, MethodPair, RunComparison
+from ucc_search.influence import (
+    Importance,
+    Sensitivity,
+    block_importances,
+    block_sensitivity,
+    parameter_importances,
+)
 from ucc_search.runs import Run
+from ucc_search.spread import Standing, standings, statements
 from ucc_search.store import TrialRow
 from ucc_search.units import format_macs, format_params
 
 JSON_FORMAT = 1
 MISSING = "-"
+_BEHIND = (
+    "behind: points behind the best of the budget, ± the 95 % interval over seeds (their noise is pooled within the "
+    "budget); =: not told apart; ?: one seed each, not known"
+)
 UNITS = "MACs are for one image; what papers on Vision Transformers print as GFLOPs are GMACs."
 
 
@@ -41,15 +54,22 @@ def print_analysis(run: Run, console: Console) -> None:
     _line(console, _headline(run))
     front = analysis.pareto_front(rows)
     if front:
+        standing = standings(rows)
         show(console, _front_grid(rows, front))
-        show(console, _comparison_grid(analysis.compare_methods(rows)))
+        show(console, _comparison_grid(analysis.compare_methods(rows), standing))
+        for line in statements(standing):
+            _line(console, line)
+        importances = parameter_importances(rows)
+        if importances:
+            show(console, _influence_grid(importances, block_sensitivity(rows)))
     else:
         _line(console, "No usable trial yet.")
     failures = analysis.failures_by_class(rows)
     if failures:
         show(console, _failures_grid(rows, failures))
     correlation = _correlation_line(analysis.rank_correlation(rows))
-    for line in filter(None, (correlation, _next_line(run, front))):
+    progress = "\n".join(filter(None, (_progress_line(rows, rung) for rung in analysis.RUNGS)))
+    for line in filter(None, (progress, correlation, _next_line(run, front))):
         _line(console, f"\n{line}")
 
 
@@ -71,6 +91,9 @@ def analysis_json(run: Run) -> dict[str, Any]:
         hypervolume: {reference: [macs, quality] or null, history: [[trial id, value], ...]}, in MACs
             times accuracy (train) or nats (zero-shot).
         comparison: points; the best of every method at every target.
+        standings: the same methods beside the best of their target; fields of `spread.Standing`.
+        importances, blocks, sensitivity: what moved the quality; fields of `influence.Importance`,
+            `influence.BlockImportance` and `influence.Sensitivity`.
         failures: {class: trials}.
         rank_correlation: {pairs, across, within: {method: value}, by_target: {target: value}}.
         next: a command, or null.
@@ -79,6 +102,7 @@ def analysis_json(run: Run) -> dict[str, Any]:
     front = analysis.pareto_front(rows)
     knee = analysis.knee(front)
     dense = analysis.dense_reference(rows, front[0].rung if front else None)
+    importances = parameter_importances(rows)
     return {
         "format": JSON_FORMAT,
         "run": run.summary(),
@@ -92,10 +116,96 @@ def analysis_json(run: Run) -> dict[str, Any]:
             "history": _plain(analysis.hypervolume_history(rows)),
         },
         "comparison": [_plain(p) for p in analysis.compare_methods(rows)],
+        "standings": [asdict(s) for s in standings(rows)],
+        "importances": [asdict(i) for i in importances],
+        "blocks": [asdict(b) for b in block_importances(importances)],
+        "sensitivity": [asdict(s) for s in block_sensitivity(rows)],
         "failures": analysis.failures_by_class(rows),
         "rank_correlation": asdict(analysis.rank_correlation(rows)),
         "next": _pick_command(run, front),
     }
+
+
+def print_comparison(found: RunComparison, console: Console) -> None:
+    """Two runs side by side: what differs between them first, then per budget and method."""
+    _line(console, f"A: {found.a}\nB: {found.b}\n{UNITS}")
+    if found.differences:
+        show(console, _differences_grid(found))
+    if any(d.decisive for d in found.differences):
+        _line(console, "Data, model or teacher differ: the numbers below do not answer one question.")
+    show(console, _pairs_grid(found.methods))
+    show(console, _budgets_grid(found.budgets))
+
+
+def comparison_json(found: RunComparison) -> dict[str, Any]:
+    """The comparison as JSON-able values; keys are the fields of the dataclasses in `comparison`."""
+    return {"format": JSON_FORMAT, **asdict(found)}
+
+
+def _differences_grid(found: RunComparison) -> Grid:
+    return Grid(
+        title="What differs between the runs",
+        columns=("key", "A", "B"),
+        rows=[(d.key, _cut(d.a), _cut(d.b)) for d in found.differences],
+        text=("key", "A", "B"),
+    )
+
+
+def _cut(text: str, width: int = 60) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _pairs_grid(pairs: Sequence[MethodPair]) -> Grid:
+    def number(value: float | None) -> str:
+        return _hundredths(value) if trained else _number(value)
+
+    trained = not pairs or pairs[0].rung == "train"
+    measure = "accuracy" if trained else "kl"
+
+    def row(p: MethodPair) -> tuple[str, ...]:
+        sides = [
+            text
+            for side in ("a", "b")
+            for text in (
+                number(getattr(p, f"{measure}_{side}")),
+                _hundredths(getattr(p, f"test_accuracy_{side}")),
+                MISSING if getattr(p, f"macs_{side}") is None else f"{getattr(p, f'macs_{side}') / 1e6:.2f}",
+            )
+        ]
+        return (p.target, p.method, *sides, _signed(p.difference, p.margin, trained), p.verdict)
+
+    name = "acc. %" if trained else "KL"
+    unit = "points" if trained else "nats less"
+    sides = [f"{side} {what}" for side in "AB" for what in (name, "test %", "MMACs")]
+    return Grid(
+        title="Methods at each budget (best of each by selection quality)",
+        columns=("target", "method", *sides, f"B - A ({unit})", "B is"),
+        rows=[row(p) for p in pairs],
+        text=("target", "method", "B is"),
+        note="± is the 95 % interval over seeds; without repeated seeds there is none, and nothing can be said.",
+    )
+
+
+def _signed(difference: float | None, margin: float | None, percent: bool) -> str:
+    if difference is None:
+        return MISSING
+    scale, digits = (100, 2) if percent else (1, 4)
+    spread = "" if margin is None else f" ± {scale * margin:.{digits}f}"
+    return f"{scale * difference:+.{digits}f}{spread}"
+
+
+def _budgets_grid(budgets: Sequence[BudgetPair]) -> Grid:
+    def ratio(pair: BudgetPair) -> str:
+        if not pair.hypervolume_a or not pair.hypervolume_b:
+            return MISSING
+        return f"{pair.hypervolume_b / pair.hypervolume_a:.2f}"
+
+    return Grid(
+        title="Budgets",
+        columns=("target", "A trials", "B trials", "hypervolume B / A"),
+        rows=[(p.target, str(p.trials_a), str(p.trials_b), ratio(p)) for p in budgets],
+        text=("target",),
+    )
 
 
 def pick_message(run: Run, row: TrialRow) -> str:
@@ -219,17 +329,19 @@ def _front_row(point: Point, scale: float, is_knee: bool) -> tuple[str, ...]:
     )
 
 
-def _comparison_grid(points: Sequence[Point]) -> Grid:
+def _comparison_grid(points: Sequence[Point], standing: Sequence[Standing]) -> Grid:
     unit, scale = _unit(points)
+    beside = {s.id: _behind(s) for s in standing}
     return Grid(
         title="Methods at each budget (best of each by selection quality)",
-        columns=("target", "method", "seeds", "accuracy %", "test %", "KL", unit),
+        columns=("target", "method", "seeds", "accuracy %", "behind", "test %", "KL", unit),
         rows=[
             (
                 p.target,
                 p.method,
                 str(p.seeds),
                 _mean_std(p.accuracy, p.accuracy_std),
+                beside.get(p.id, MISSING),
                 _mean_std(p.test_accuracy, p.test_accuracy_std),
                 _number(p.kl),
                 f"{p.macs / scale:.2f}",
@@ -237,7 +349,55 @@ def _comparison_grid(points: Sequence[Point]) -> Grid:
             for p in points
         ],
         text=("target", "method"),
+        note=_BEHIND if standing else "",
     )
+
+
+def _behind(standing: Standing) -> str:
+    """Points behind the best of the budget; = where the two cannot be told apart, ? where nothing was repeated."""
+    if standing.verdict == "best":
+        return "best"
+    mark = {"not told apart": " =", "unknown": " ?"}.get(standing.verdict, "")
+    spread = "" if standing.margin is None else f" ± {100 * standing.margin:.2f}"
+    return f"{100 * standing.behind:.2f}{spread}{mark}"
+
+
+def _influence_grid(importances: Sequence[Importance], sensitivity: Sequence[Sensitivity]) -> Grid:
+    """The parameters with the largest importance at each budget, and which way they went."""
+    ratios = {(s.target, s.kind, s.block): s for s in sensitivity}
+    rows: list[tuple[str, ...]] = []
+    for target in dict.fromkeys(i.target for i in importances):
+        for one in [i for i in importances if i.target == target][:5]:
+            ratio = ratios.get((target, one.kind, one.block)) if one.block is not None else None
+            shown = (
+                (_two(ratio.correlation), f"{ratio.best:.2f}", f"{ratio.rest:.2f}")
+                if ratio is not None
+                else (MISSING,) * 3
+            )
+            rows.append((target, one.parameter, f"{100 * one.importance:.0f}", *shown, str(one.trials)))
+    return Grid(
+        title="What the search found to matter (functional ANOVA, first five of each budget)",
+        columns=("target", "parameter", "importance %", "rank corr.", "best quarter", "others", "trials"),
+        rows=rows,
+        text=("target", "parameter"),
+        note="rank corr. is of ratio and quality: above 0, keeping more there went with better. With few trials, "
+        "importances a few points apart are noise.",
+    )
+
+
+def _two(value: float | None) -> str:
+    return MISSING if value is None else f"{value:+.2f}"
+
+
+def _progress_line(rows: Sequence[TrialRow], rung: str) -> str:
+    """Hypervolume at some trials as a share of the last; empty for a handful of trials."""
+    history = analysis.hypervolume_history(rows, rung)
+    if len(history) < 5 or not history[-1][1]:
+        return ""
+    count = len(history)
+    shown = sorted({max(1, round(count * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
+    parts = [f"{100 * history[n - 1][1] / history[-1][1]:.1f}% after {n}" for n in shown]
+    return f"Hypervolume over the {rung} trials (share of the last): {', '.join(parts)}"
 
 
 def _failures_grid(rows: Sequence[TrialRow], failures: dict[str, int]) -> Grid:
