@@ -47,6 +47,7 @@ class Job:
     params: Mapping[str, Any]
     parent: int | None = None
     scratch: bool = False  # start from random weights
+    factorize: str = "plain"  # how ranks are lowered, see `config.Factorization`
 
     def to_dict(self) -> dict[str, Any]:
         """What a worker needs, as JSON."""
@@ -56,6 +57,7 @@ class Job:
             "origin": self.origin,
             "seed": self.seed,
             "scratch": self.scratch,
+            "factorize": self.factorize,
             "plan": self.plan.to_dict(),
             "components": {k: r.to_dict() for k, r in self.components.items()},
         }
@@ -134,7 +136,8 @@ class Campaign:
                 for seed in missing:
                     refs = candidate.components
                     job = self._job(rung, "baseline", baseline.name, budget, seed, plan, refs, {})
-                    yield replace(job, scratch=baseline.weights == "random")
+                    scratch = baseline.weights == "random"
+                    yield replace(job, scratch=scratch, factorize=baseline.factorize)
 
     def _proposals(self, rung: str) -> Iterator[Job]:
         search = self.config.search
@@ -216,7 +219,8 @@ class Campaign:
         parent: int | None = None,
     ) -> Job:
         self._next_id += 1
-        return Job(self._next_id - 1, rung, origin, method, budget, seed, plan, refs, params, parent)
+        number, how = self._next_id - 1, self.config.space.factorize
+        return Job(number, rung, origin, method, budget, seed, plan, refs, params, parent, factorize=how)
 
     def finish(self, job_id: int, outcome: Mapping[str, Any]) -> TrialRow:
         """File what a worker measured (or how it failed)."""

@@ -52,7 +52,8 @@ def _measure(bench: Workbench, task: Mapping[str, Any]) -> tuple[Measurement, in
         return bench.dense(job["rung"]), 0
     if job["rung"] == "zero-shot":
         plan, refs, parts = _decode(bench, job)
-        return bench.zero_shot(plan, parts, refs["importance"], scratch=job["scratch"]), 0
+        start = bench.compressed(plan, parts, refs["importance"], **_start(job))
+        return bench.zero_shot(start), 0
     steps = bench.config.train.total_steps(len(bench.splits.train))
     if bench.config.train.workers > 1:
         return _train_together(task, bench.config.train.workers), steps
@@ -67,6 +68,11 @@ def _decode(
     return CompressionPlan.from_dict(job["plan"]), refs, parts
 
 
+def _start(job: Mapping[str, Any]) -> dict[str, bool]:
+    """What a candidate's first weights are made from."""
+    return {"scratch": job["scratch"], "whiten": job["factorize"] == "whitened"}
+
+
 def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> Measurement:
     plan, refs, parts = _decode(bench, task["job"])
     identities = {kind: bench.plugins.identity(kind, ref.name) for kind, ref in refs.items()}
@@ -77,7 +83,7 @@ def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> 
         parts,
         refs["distiller"],
         refs["importance"],
-        scratch=task["job"]["scratch"],
+        **_start(task["job"]),
         seed=task["job"]["seed"],
         out=Path(task["out"]),
         arch=arch,
