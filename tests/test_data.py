@@ -12,12 +12,12 @@ from PIL import Image
 
 from ucc_search.config import AugmentConfig, DataConfig
 from ucc_search.data import (
+    TrainingBatches,
     augment_batch,
     calibration_batches,
     load_data,
     ordered_batches,
     split_indices,
-    training_batches,
 )
 from ucc_search.errors import DataError
 
@@ -102,7 +102,7 @@ def test_an_epoch_shows_every_image_once_and_ranks_share_it():
     wanted = sorted(everything(splits.train)[0].sum(dim=(1, 2, 3)).tolist())
 
     def epoch(rank, world):
-        batches = training_batches(splits.train, 24, AugmentConfig(), seed=3, rank=rank, world=world)
+        batches = TrainingBatches(splits.train, 24, AugmentConfig(), seed=3, rank=rank, world=world)
         return [next(batches)[0] for _ in range(4)]
 
     alone = epoch(0, 1)
@@ -118,7 +118,7 @@ def test_training_batches_repeat_by_seed():
     augment = AugmentConfig(crop_padding=1, flip=True, erase=0.5)
 
     def first(seed):
-        return next(training_batches(splits.train, 16, augment, seed=seed))[0]
+        return next(TrainingBatches(splits.train, 16, augment, seed=seed))[0]
 
     assert torch.equal(first(1), first(1))
     assert not torch.equal(first(1), first(2))

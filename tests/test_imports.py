@@ -40,13 +40,13 @@ ALLOWED = {
     "space": {"config", "errors", "interfaces", "plan", "plugins", "widths"},
     "schedule": {"budget", "config", "costs", "errors", "interfaces", "plan", "plugins", "space", "widths"},
     "analysis": {"errors", "store", "units"},
+    "ladder": {"analysis", "config", "errors", "store"},
     "proposer": {"builtin", "interfaces"},
     "spread": {"analysis", "store"},
     "influence": {"analysis", "store"},
     "comparison": {"analysis", "errors", "runs", "spread", "store"},
-    "batches": set(),
-    "compression": {"batches", "builtin", "errors", "interfaces", "plan"},
-    "builtin": {"batches", "errors", "hookspecs", "interfaces", "plan", "strength"},
+    "compression": {"builtin", "errors", "interfaces", "plan"},
+    "builtin": {"errors", "hookspecs", "interfaces", "plan", "strength"},
 }
 """All that these modules may import of ours, wherever in the file; others are not restricted."""
 

@@ -15,11 +15,11 @@ from tiny import tiny_config
 from ucc_search import estimate, workbench, worker
 from ucc_search.analysis import pareto_front
 from ucc_search.builtin import importances
-from ucc_search.campaign import promoted
 from ucc_search.costs import cost
 from ucc_search.data import load_data
 from ucc_search.errors import ConfigError, PlanError, PluginError
 from ucc_search.interfaces import ComponentRef
+from ucc_search.ladder import climbing, levels
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
@@ -227,8 +227,9 @@ def test_an_interrupted_run_goes_on_with_every_trial_exactly_once(
     assert len({r.id for r in resumed.rows}) == len(resumed.rows)
     fixed = [job_of(r) for r in resumed.rows if r.parent is None]
     assert Counter(fixed) == Counter(job_of(r) for r in finished.rows if r.parent is None)
+    lowest = levels(CONFIG, 0)[0]
     trained = Counter((r.parent, r.seed) for r in resumed.rows if r.parent is not None)
-    assert set(trained) == {(p, s) for p in promoted(resumed.rows, 1) for s in (0, 1)}
+    assert set(trained) == {(p.id, s) for p in climbing(resumed.rows, lowest, 1) for s in (0, 1)}
     assert set(trained.values()) == {1}
     backend = optuna.storages.journal.JournalFileBackend(str(path / "study.journal"))
     storage = optuna.storages.JournalStorage(backend)

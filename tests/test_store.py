@@ -90,13 +90,6 @@ def test_overhead_is_what_computing_leaves():
     assert row(0, seconds=10.0).overhead_seconds is None
 
 
-def test_ids_are_never_given_twice(store):
-    assert [store.next_id(), store.next_id()] == [0, 1]
-    store.append(row(7))
-    assert store.next_id() == 8
-    assert RunStore.open(store.path).next_id() == 8
-
-
 def test_create_refuses_a_folder_in_use(store):
     with pytest.raises(RunError, match="--resume"):
         RunStore.create(store.path, config(), {})

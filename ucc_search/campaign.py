@@ -1,35 +1,36 @@
 """What is measured next, and what is made of it. Decides; runs nothing; imports neither torch nor ray.
 
-A run measures the baselines and the search's proposals on the first rung, then trains the baselines
-and the promoted proposals. Everything that was finished is in the store, so a resumed run goes on
-from there.
+A run measures the baselines and the search's proposals on the lowest rung of its ladder, then the
+proposals that climb on every further rung, and the baselines again on the last. Everything that was
+finished is in the store, so a resumed run goes on from there.
 """
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
-from ucc_search.analysis import aggregate_seeds, quality, usable
 from ucc_search.budget import Budget
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost, saved_macs
-from ucc_search.errors import BudgetError
-from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Measured, SamplerRequest
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
+from ucc_search.ladder import Level, climbing, levels
 from ucc_search.observers import Observers
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
-from ucc_search.proposer import Proposer
+from ucc_search.proposals import Proposals
 from ucc_search.schedule import Scheduler, candidate_of
-from ucc_search.space import KINDS, Candidate, SearchSpace
-from ucc_search.store import RunStore, TrialRow, plan_key
+from ucc_search.shapes import train_images
+from ucc_search.space import KINDS, SearchSpace
+from ucc_search.store import RunStore, TrialRow, disk_error, plan_key
 
-_REPROPOSE = 20
-_SPENT = 0.99  # a proposal that leaves more of its budget unused is made again
+STATES = "states"
+"""Folder for trainings that were stopped at a rung, while they may still climb."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,14 @@ class Job:
     plan: CompressionPlan
     components: Mapping[str, ComponentRef]
     params: Mapping[str, Any]
+    steps: int = 0  # that training ends at; 0 without training
+    stops: bool = False  # before the end of the schedule
+    resume: Path | None = None  # the training to go on with
+    save: Path | None = None  # where to leave what is needed to go on
     parent: int | None = None
     scratch: bool = False  # start from random weights
-    factorize: str = "plain"  # how ranks are lowered, see `config.Factorization`
+    proposal: int | None = None
+    known: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What a worker needs, as JSON."""
@@ -57,7 +63,9 @@ class Job:
             "origin": self.origin,
             "seed": self.seed,
             "scratch": self.scratch,
-            "factorize": self.factorize,
+            "steps": self.steps,
+            "resume": None if self.resume is None else str(self.resume),
+            "save": None if self.save is None else str(self.save),
             "plan": self.plan.to_dict(),
             "components": {k: r.to_dict() for k, r in self.components.items()},
         }
@@ -83,17 +91,16 @@ class Campaign:
         observers: Observers | None = None,
     ) -> None:
         self._observers = observers or Observers(())
-        self._starts = starts or {}
         self.config, self.plugins, self.scheduler, self.space = config, plugins, scheduler, space
         self.store = store
         self._rows = store.rows()
-        self._next_id = store.next_id()
+        # Jobs come in one order, killed or not: the ids that are free are those of the jobs that are missing.
+        taken = {r.id for r in self._rows}
+        self._ids = (n for n in itertools.count() if n not in taken)
         self._open: dict[int, Job] = {}
-        self._proposers = self._make_proposers()
-        self._seen = {
-            _signature(r.plan_key, r.components) + r.target for r in self._rows if r.origin == "search"
-        }
-        self._issued = sum(1 for r in self._rows if r.origin == "search" and r.parent is None)
+        self._levels = levels(config, train_images(config))
+        proposed = [r for r in self._rows if _is_proposal(r)]
+        self._proposals = Proposals(config, plugins, scheduler, space, store, proposed, starts or {})
         self._stages: Iterator[Job | None] = self._all_jobs()
 
     @property
@@ -112,128 +119,143 @@ class Campaign:
         return job
 
     def _all_jobs(self) -> Iterator[Job | None]:
-        rung = self.config.search.fidelity
-        yield from self._baselines(rung)
-        yield from self._proposals(rung)
+        lowest, *higher = self._levels
+        yield from self._baselines(lowest)
+        yield from self._proposed(lowest)
         yield from self._dense()
+        yield from self._wait()
+        for below, level in zip(self._levels, higher, strict=False):
+            yield from self._baselines(level)
+            yield from self._promotions(below, level)
+            yield from self._wait()
+        shutil.rmtree(self.store.path / STATES, ignore_errors=True)
+
+    def _wait(self) -> Iterator[None]:
         while self._open:
             yield None
-        if rung == "zero-shot" and self.config.search.promote:
-            yield from self._baselines("train")
-            yield from self._promotions()
-            while self._open:
-                yield None
 
-    def _baselines(self, rung: str) -> Iterator[Job]:
+    def _baselines(self, level: Level) -> Iterator[Job]:
+        """Fixed methods are measured without training and trained to the end; nothing stops them halfway."""
+        if level.stops:
+            return
+        search = self.config.search
+        seeds = level.seeds if level.rung == "train" else (search.seed,)
         done = {(r.method, r.target, r.rung, r.seed) for r in self._rows}
         for baseline in self.config.baselines:
             candidate = candidate_of(baseline)
             for budget in self.scheduler.budgets:
-                seeds = self.config.search.seeds if rung == "train" else (self.config.search.seed,)
-                missing = [s for s in seeds if (baseline.name, budget.label, rung, s) not in done]
+                missing = [s for s in seeds if (baseline.name, budget.label, level.rung, s) not in done]
                 if missing:
                     plan = self.scheduler.plan(candidate, budget)
                 for seed in missing:
-                    refs = candidate.components
-                    job = self._job(rung, "baseline", baseline.name, budget, seed, plan, refs, {})
-                    scratch = baseline.weights == "random"
-                    yield replace(job, scratch=scratch, factorize=baseline.factorize)
+                    job = Job(
+                        next(self._ids),
+                        level.rung,
+                        "baseline",
+                        baseline.name,
+                        budget,
+                        seed,
+                        plan,
+                        candidate.components,
+                        {},
+                        steps=level.steps,
+                        scratch=baseline.weights == "random",
+                    )
+                    yield job
 
-    def _proposals(self, rung: str) -> Iterator[Job]:
-        search = self.config.search
-        while self._issued < search.trials:
-            budget = self.scheduler.budgets[self._issued % len(self.scheduler.budgets)]
-            self._issued += 1
-            candidate, plan = self._propose(budget)
-            yield self._job(
-                rung, "search", "search", budget, search.seed, plan, candidate.components, candidate.params
+    def _proposed(self, level: Level) -> Iterator[Job]:
+        for made in self._proposals:
+            candidate = made.candidate
+            job = Job(
+                next(self._ids),
+                level.rung,
+                "search",
+                "search",
+                made.budget,
+                self.config.search.seed,
+                made.plan,
+                candidate.components,
+                candidate.params,
+                proposal=made.number,
+                known=made.known,
             )
-
-    def _propose(self, budget: Budget) -> tuple[Candidate, CompressionPlan]:
-        """A point on the budget, preferably one that was not measured yet."""
-        for _ in range(_REPROPOSE):
-            params = self._proposers[budget.label].propose()
-            candidate = self.space.decode(params)
-            plan = self.scheduler.plan(candidate, budget)
-            signature = _signature(plan_key(plan), _dicts(candidate.components)) + budget.label
-            if signature not in self._seen and self._spends(budget, candidate, plan):
-                break
-        self._seen.add(signature)
-        return replace(candidate, params=self.space.at_plan(params, plan)), plan
-
-    def _projected(self, budget: Budget, point: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Where a proposal would be measured; None if it cannot meet the budget."""
-        try:
-            return self.space.at_plan(point, self.scheduler.plan(self.space.decode(point), budget))
-        except BudgetError:
-            return None
-
-    def _spends(self, budget: Budget, candidate: Candidate, plan: CompressionPlan) -> bool:
-        """Whether the plan uses the budget up; few tokens in few blocks make a coarse lattice."""
-        parts = self.plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
-        return budget.max_macs is None or cost(plan, parts).macs >= _SPENT * min(
-            budget.max_macs, cost(self.scheduler.largest(candidate), parts).macs
-        )
+            yield self._on(level, job)
 
     def _dense(self) -> Iterator[Job]:
         """The uncompressed model: the reference that every table shows."""
         if not any(r.origin == "dense" for r in self._rows):
-            search = self.config.search
-            rung = "train" if search.fidelity == "train" or search.promote else "zero-shot"
             refs = self.space.corners()[0].components
             dense = CompressionPlan.identity(self.scheduler.base.shape)
-            yield self._job(rung, "dense", "dense", Budget("dense"), search.seed, dense, refs, {})
+            rung, seed = self._levels[-1].rung, self.config.search.seed
+            yield Job(next(self._ids), rung, "dense", "dense", Budget("dense"), seed, dense, refs, {})
 
-    def _promotions(self) -> Iterator[Job]:
+    def _promotions(self, below: Level, level: Level) -> Iterator[Job]:
+        assert level.keep is not None, "the reader demands it above the lowest rung"
         done = {(r.parent, r.seed) for r in self._rows if r.parent is not None}
         rows = {r.id: r for r in self._rows}
-        by_id = {b.label: b for b in self.scheduler.budgets}
-        for trial in promoted(self._rows, self.config.search.promote):
-            row = rows[trial]
-            plan = CompressionPlan.from_json((self.store.folder(trial) / "plan.json").read_text())
-            refs = _refs(row.components)
-            for seed in self.config.search.seeds:
-                if (trial, seed) not in done:
-                    yield self._job(
-                        "train",
-                        "search",
-                        "search",
-                        by_id[row.target],
-                        seed,
-                        plan,
-                        refs,
-                        row.params_searched,
-                        trial,
-                    )
+        budgets = {b.label: b for b in self.scheduler.budgets}
+        climbers = climbing(self._rows, below, level.keep)
+        self._forget_all_but({trial for point in climbers for trial in point.trials})
+        for point in climbers:
+            first = rows[point.id]
+            same_seed = {rows[trial].seed: trial for trial in point.trials}
+            plan = CompressionPlan.from_json((self.store.folder(point.id) / "plan.json").read_text())
+            for seed in level.seeds:
+                if (point.id, seed) in done:
+                    continue
+                job = Job(
+                    next(self._ids),
+                    level.rung,
+                    "search",
+                    "search",
+                    budgets[first.target],
+                    seed,
+                    plan,
+                    _refs(first.components),
+                    first.params_searched,
+                    resume=self._state(same_seed[seed]) if below.stops and seed in same_seed else None,
+                    parent=point.id,
+                )
+                yield self._on(level, job)
 
-    def _job(
-        self,
-        rung: str,
-        origin: str,
-        method: str,
-        budget: Budget,
-        seed: int,
-        plan: CompressionPlan,
-        refs: Mapping[str, ComponentRef],
-        params: Mapping[str, Any],
-        parent: int | None = None,
-    ) -> Job:
-        self._next_id += 1
-        number, how = self._next_id - 1, self.config.space.factorize
-        return Job(number, rung, origin, method, budget, seed, plan, refs, params, parent, factorize=how)
+    def _on(self, level: Level, job: Job) -> Job:
+        """The job at the length of its rung."""
+        save = None
+        if level.stops:
+            save = self._state(job.id)
+            with self.store.writing():
+                save.parent.mkdir(exist_ok=True)
+        return replace(job, steps=level.steps, stops=level.stops, save=save)
+
+    def _state(self, trial: int) -> Path:
+        return (self.store.path / STATES / str(trial)).resolve()
+
+    def _forget_all_but(self, wanted: set[int]) -> None:
+        """Trainings that were stopped for good need no state: several times the size of the model, each."""
+        for folder in (self.store.path / STATES).glob("*"):
+            if folder.name not in map(str, wanted):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def finish(self, job_id: int, outcome: Mapping[str, Any]) -> TrialRow:
-        """File what a worker measured (or how it failed)."""
+        """File what a worker measured (or how it failed).
+
+        Raises:
+            RunError: the disk is full, here or where the worker is; nothing is filed then.
+        """
         job = self._open.pop(job_id)
+        if outcome.get("failure") == "disk_full":
+            raise disk_error(self.store.path, str(outcome.get("error")))
         row = self._row(job, outcome)
         self.store.write_trial(
             job.id, dict(job.params), job.plan, outcome.get("metrics") or (), outcome.get("files")
         )
         self.store.append(row)
         self._rows.append(row)
+        if job.proposal is not None:
+            self._proposals.tell(row)
+        if job.resume is not None:
+            shutil.rmtree(job.resume, ignore_errors=True)
         self._observers.trial_finished(row.to_dict())
-        if job.origin == "search" and job.parent is None:
-            self._tell(row, record=True)
         return row
 
     def _row(self, job: Job, outcome: Mapping[str, Any]) -> TrialRow:
@@ -243,11 +265,11 @@ class Campaign:
         narrowed = saved["widths"] > 0 or saved["depth"] > 0
         return TrialRow(
             id=job.id,
-            state=outcome["state"],
+            state="stopped" if job.stops and outcome["state"] == "ok" else outcome["state"],
             method=job.method,
             origin=job.origin,
             rung=job.rung,
-            fidelity=outcome.get("steps", 0),
+            fidelity=job.steps,
             seed=job.seed,
             target=job.budget.label,
             macs=price.macs,
@@ -273,68 +295,17 @@ class Campaign:
             identities={kind: self.plugins.identity(kind, job.components[kind].name) for kind in KINDS},
             params_searched=dict(job.params),
             parent=job.parent,
+            proposal=job.proposal,
+            known=job.known,
+            continued=outcome.get("continued", 0),
             seconds=outcome.get("seconds", 0.0),
             compute_seconds=outcome.get("compute_seconds", 0.0),
             finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
 
-    def _tell(self, row: TrialRow, *, record: bool) -> None:
-        value = row.kl if row.rung == "zero-shot" else row.accuracy
-        values = [value] if value is not None and row.state == "ok" else None
-        attributes = {
-            "trial": row.id,
-            "macs": row.macs,
-            "macs_percent": round(100 * row.macs_ratio, 2),
-            "tokens": row.tokens,
-            "accuracy": row.accuracy,
-            "kl": row.kl,
-        }
-        budget = next(b for b in self.scheduler.budgets if b.label == row.target)
-        over = budget.over(row.macs, row.params)
-        self._proposers[row.target].tell(
-            Measured(row.params_searched, values, over), attributes, record=record
-        )
 
-    def _make_proposers(self) -> dict[str, Proposer]:
-        search, told = self.config.search, defaultdict(list)
-        for row in self._rows:
-            if row.origin == "search" and row.parent is None:
-                told[row.target].append(row)
-        self._proposers = {}
-        for index, budget in enumerate(self.scheduler.budgets):
-            label = budget.label
-            starts = [*([self._starts[label]] if label in self._starts else []), *self.space.known_good()]
-            request = SamplerRequest(
-                dimensions=self.space.dimensions,
-                maximize=[search.fidelity == "train"],
-                seed=search.seed + 1000 * index + 100_000 * len(told[label]),
-                trials=-(-search.trials // len(self.scheduler.budgets)),
-                starts=() if told[label] else starts,
-                project=functools.partial(self._projected, budget),
-            )
-            self._proposers[label] = Proposer(
-                self.plugins.build("sampler", search.sampler),
-                request,
-                storage=self.store.path / "study.journal",
-                study=f"{self.config.name} {label}",
-            )
-            for row in told[label]:
-                self._tell(row, record=False)
-        return self._proposers
-
-
-def promoted(rows: Sequence[TrialRow], count: int) -> list[int]:
-    """The best `count` zero-shot proposals per budget and set of components, by KL.
-
-    Zero-shot quality ranks schedules within a method, but not one method against another, so each
-    set of components promotes its own.
-    """
-    groups: dict[tuple[str, ...], list[tuple[float, int]]] = defaultdict(list)
-    searched = [r for r in usable(rows, "zero-shot") if r.origin == "search"]
-    for point in aggregate_seeds(searched):
-        group = (point.target, point.scorer, point.aggregator, point.cascade, point.distiller)
-        groups[group].append((-quality(point), point.id))
-    return [trial for members in groups.values() for _, trial in sorted(members)[:count]]
+def _is_proposal(row: TrialRow) -> bool:
+    return row.origin == "search" and row.parent is None
 
 
 def _dicts(refs: Mapping[str, ComponentRef]) -> dict[str, Any]:
@@ -347,15 +318,11 @@ def _refs(components: Mapping[str, Any]) -> dict[str, ComponentRef]:
     return {"importance": Baseline.model_fields["importance"].default[0], **found}
 
 
-def _signature(key: str, components: Mapping[str, Any]) -> str:
-    """Equal for trials that would measure the same thing."""
-    return key + repr(sorted((k, sorted(v.items())) for k, v in components.items()))
-
-
 def describe(row: TrialRow) -> str:
     """One line for a finished trial."""
-    if row.state != "ok":
+    if row.state == "failed":
         return f"[{row.id}] {row.method} {row.target} {row.rung}: failed ({row.failure}: {row.error})"
     values = {"KL": row.kl, "accuracy": row.accuracy}
     shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
-    return f"[{row.id}] {row.method} {row.target} {row.rung}: {shown}  ({100 * row.macs_ratio:.1f}% of MACs)"
+    rung = f"{row.rung} (stopped at step {row.fidelity})" if row.state == "stopped" else row.rung
+    return f"[{row.id}] {row.method} {row.target} {rung}: {shown}  ({100 * row.macs_ratio:.1f}% of MACs)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,8 +127,6 @@ class WidthsConfig(_Frozen):
     """Rank of each head's value-output product."""
     mlp_rank: Width = 1.0
     """Rank of the MLP's matrices, as a fraction of the rank at which two thin ones cost as much as one."""
-    head_rank: Width = 1.0
-    """Rank of the classifier's matrix, as a fraction of the same."""
 
     @model_validator(mode="after")
     def _one_way(self) -> WidthsConfig:
@@ -192,11 +191,6 @@ class ComponentChoices(_Frozen):
     """Which units narrower models keep."""
 
 
-Factorization = Literal["plain", "whitened"]
-"""How ranks are lowered: `plain` approximates the matrices and products themselves (COMCAT), `whitened` what
-they give on the proxy training images (each layer's inputs are whitened by their second moments)."""
-
-
 class SpaceConfig(ComponentChoices):
     """What the search may change."""
 
@@ -206,7 +200,6 @@ class SpaceConfig(ComponentChoices):
     widths: WidthsConfig = WidthsConfig()
     fewer_heads: Literal["fuse", "remove"] = "fuse"
     """New heads take the best channels of several old ones (UP-ViT), or the least important heads leave."""
-    factorize: Factorization = "plain"
 
 
 class Baseline(ComponentChoices):
@@ -222,7 +215,6 @@ class Baseline(ComponentChoices):
     """Ranges follow the budget together: all at the same share of their way to `low`."""
     weights: Literal["teacher", "random"] = "teacher"
     """What training starts from; `random` is the same architecture from scratch."""
-    factorize: Factorization = "plain"
 
     @model_validator(mode="after")
     def _fixed(self) -> Baseline:
@@ -403,6 +395,62 @@ class RankSearchConfig(_Frozen):
     """Exponent of the price in the loss, while that is above the budget."""
 
 
+def _number_or_share(value: Any) -> Any:
+    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is None or number or (isinstance(value, float) and 0.0 < value < 1.0):
+        return value
+    raise ValueError(f"got {value!r}, expected a whole number of trials or a share above 0 and below 1")
+
+
+class RungConfig(_Frozen):
+    """One step of the ladder: how trials are measured on it, and which of the rung below climb onto it."""
+
+    rung: Literal["zero-shot", "train"]
+    """`zero-shot`: KL and accuracy on the calibration images, without training. `train`: the start of the
+    training that `train:` describes, or with neither steps nor epochs the whole of it."""
+    steps: int | None = Field(None, ge=1)
+    """Training stops here; a trial that climbs on goes on from this step, by the same learning rates."""
+    epochs: float | None = Field(None, gt=0.0)
+    keep: Annotated[int | float | None, BeforeValidator(_number_or_share)] = None
+    """How many of the rung below climb on, per budget and set of components, the best first: a whole number, or
+    a share (rounded up). The lowest rung takes every proposal."""
+    seeds: tuple[int, ...] = (0,)
+    """Each trial of this rung is trained once per seed."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return _distinct_seeds(seeds)
+
+    @model_validator(mode="after")
+    def _length(self) -> RungConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give either `steps` or `epochs`")
+        trained = {"steps", "epochs", "seeds"} & self.model_fields_set
+        if self.rung == "zero-shot" and any(getattr(self, k) not in (None, (0,)) for k in trained):
+            raise ValueError("a zero-shot rung trains nothing, leave steps, epochs and seeds out")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Training to the end."""
+        return self.rung == "train" and self.steps is None and self.epochs is None
+
+    def stop(self, train: TrainConfig, images: int) -> int:
+        """Optimiser steps that a trial of this rung has behind it, over a training split of this many images."""
+        if self.rung == "zero-shot":
+            return 0
+        if self.whole:
+            return train.total_steps(images)
+        return train.model_copy(update={"steps": self.steps, "epochs": self.epochs}).total_steps(images)
+
+
+def _distinct_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ValueError(f"got {list(seeds)}, expected one or more different integers")
+    return seeds
+
+
 class SearchConfig(_Frozen):
     """How much is tried, and what is promoted."""
 
@@ -417,6 +465,8 @@ class SearchConfig(_Frozen):
     """Zero-shot trials trained afterwards, per budget and set of components."""
     seeds: tuple[int, ...] = (0,)
     """Each trained candidate is trained once per seed."""
+    ladder: tuple[RungConfig, ...] | None = None
+    """The rungs from cheap to dear, in place of fidelity, promote and seeds (see docs/ladder.md)."""
     executor: Literal["ray", "local"] = "ray"
     """`local` measures one trial after another in this process."""
     keep_weights: Literal["all", "front"] = "all"
@@ -429,15 +479,64 @@ class SearchConfig(_Frozen):
     """GPUs of one trial, shared by its workers; the default is one each where the cluster has any."""
     ray_address: str | None = None
     """HOST:PORT of the head node of a Ray cluster, or `auto`; the default is this machine alone."""
+    trial_timeout: float | None = Field(None, gt=0.0)
+    """Seconds after which a trial's worker process is ended and the trial has failed; the default is never."""
     ranks: RankSearchConfig | None = None
     """Where ranks are searched: choose them by gradient descent first."""
 
     @field_validator("seeds")
     @classmethod
     def _some(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds or len(set(seeds)) != len(seeds):
-            raise ValueError(f"got {list(seeds)}, expected one or more different integers")
-        return seeds
+        return _distinct_seeds(seeds)
+
+    @field_validator("ladder")
+    @classmethod
+    def _climbs(cls, ladder: tuple[RungConfig, ...] | None) -> tuple[RungConfig, ...] | None:
+        if ladder is not None:
+            _check_ladder(ladder)
+        return ladder
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SearchConfig:
+        for key in ("fidelity", "promote", "seeds"):
+            if self.ladder is not None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"give either `ladder` or `{key}`, which is short for one, not both")
+        return self
+
+    @property
+    def rungs(self) -> tuple[RungConfig, ...]:
+        """The ladder, written out: never empty, the lowest first."""
+        if self.ladder is not None:
+            return self.ladder
+        if self.fidelity == "train":
+            return (RungConfig(rung="train", seeds=self.seeds),)
+        top = (RungConfig(rung="train", keep=self.promote, seeds=self.seeds),) if self.promote else ()
+        return (RungConfig(rung="zero-shot"), *top)
+
+
+def _check_ladder(ladder: tuple[RungConfig, ...]) -> None:
+    if not ladder:
+        raise ValueError("is empty, expected one rung or more, such as [{rung: zero-shot}]")
+    if ladder[0].keep is not None:
+        raise ValueError("the lowest rung takes every proposal, leave its `keep` out")
+    if ladder[0].seeds != (0,):
+        raise ValueError("the lowest rung measures every proposal once, by search.seed: leave its seeds out")
+    for number, (below, rung) in enumerate(itertools.pairwise(ladder), start=2):
+        if rung.keep is None:
+            raise ValueError(
+                f"rung {number} needs `keep`, how many of the rung below climb onto it: a whole "
+                "number, or a share below 1"
+            )
+        if rung.rung == "zero-shot":
+            raise ValueError(f"rung {number} is zero-shot, which can be the lowest only")
+        if below.whole:
+            raise ValueError(f"rung {number - 1} trains to the end, so it must be the last")
+        for unit in ("steps", "epochs"):
+            before, now = getattr(below, unit), getattr(rung, unit)
+            if before is not None and now is not None and before >= now:
+                raise ValueError(f"rung {number} has {unit} {now}, expected more than the {before} below it")
+    if ladder[-1].rung == "train" and not ladder[-1].whole:
+        raise ValueError("the last rung trains to the end (train.steps), leave its steps and epochs out")
 
 
 def _budget_list(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -170,27 +170,54 @@ def ordered_batches(
         yield images.batch(torch.arange(start, min(start + batch_size, count)))
 
 
-def training_batches(
-    images: ImageSet,
-    batch_size: int,
-    augment: AugmentConfig,
-    *,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+class TrainingBatches:
     """Endless shuffled batches; every rank draws the same order and takes its share of each batch.
 
     Args:
         batch_size: images over all ranks.
     """
-    generator = torch.Generator().manual_seed(seed)
-    size = min(batch_size, len(images))
-    while True:
-        order = torch.randperm(len(images), generator=generator)
-        for start in range(0, len(order) - size + 1, size):
-            batch, labels = images.batch(order[start : start + size][rank::world], train=True)
-            yield augment_batch(batch, augment, generator), labels
+
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        augment: AugmentConfig,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._images, self._augment, self._rank, self._world = images, augment, rank, world
+        self._size = min(batch_size, len(images))
+        self._generator = torch.Generator().manual_seed(seed)
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self._epoch = self._generator.get_state()
+        self._order = torch.randperm(len(self._images), generator=self._generator)
+        self._start = 0
+
+    def __iter__(self) -> TrainingBatches:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        if self._start + self._size > len(self._order):
+            self._begin_epoch()
+        chosen = self._order[self._start : self._start + self._size][self._rank :: self._world]
+        self._start += self._size
+        batch, labels = self._images.batch(chosen, train=True)
+        return augment_batch(batch, self._augment, self._generator), labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order of images and the augmentation stand."""
+        return {"epoch": self._epoch, "now": self._generator.get_state(), "start": self._start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there: the batches that follow are those that would have followed."""
+        self._generator.set_state(state["epoch"])
+        self._begin_epoch()
+        self._generator.set_state(state["now"])
+        self._start = state["start"]
 
 
 def augment_batch(images_BCHW: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:

@@ -32,7 +32,7 @@ def environment(config: RunConfig, plugins: Sequence[Mapping[str, Any]]) -> dict
         "versions": {p: _version(p) for p in PACKAGES},
         "commit": _commit(),
         "seed": config.search.seed,
-        "seeds": list(config.search.seeds),
+        "seeds": list(config.search.rungs[-1].seeds),
         "plugins": list(plugins),
     }
 

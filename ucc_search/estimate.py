@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ucc_search.config import RunConfig
+from ucc_search.config import RunConfig, RungConfig
 from ucc_search.shapes import cache_folder
 from ucc_search.space import KINDS
 from ucc_search.store import TrialRow
@@ -45,34 +45,53 @@ def remember(rows: Sequence[TrialRow], config: RunConfig) -> None:
 
 
 def jobs(config: RunConfig) -> dict[str, int]:
-    """How many trials of each rung a run will make, as long as none is repeated."""
-    search, targets = config.search, _targets(config)
-    fixed = len(config.baselines) * targets
-    if search.fidelity == "train":
-        return {"train": search.trials + fixed * len(search.seeds)}
-    sets = math.prod(len(getattr(config.space, kind)) for kind in KINDS)
-    trained = 0
-    if search.promote:
-        promoted = min(search.trials, targets * sets * search.promote)
-        trained = (promoted + fixed) * len(search.seeds)
-    return {"zero-shot": search.trials + fixed, "train": trained}
+    """How many trials of each rung a run will make, as long as none is repeated and none fails."""
+    return {_label(rung): count for rung, count in _counts(config)}
 
 
-def seconds(config: RunConfig, dense_macs: int, steps: int) -> float | None:
+def seconds(config: RunConfig, dense_macs: int, train_images: int) -> float | None:
     """Expected seconds of a run, None where this machine has not measured enough.
 
     Args:
-        steps: optimiser steps of one training.
+        train_images: of the training split.
     """
-    known, total = speeds(), 0.0
-    for rung, count in jobs(config).items():
+    known, total, behind = speeds(), 0.0, 0
+    for rung, count in _counts(config):
         if not count:
             continue
-        if rung not in known:
+        if rung.rung not in known:
             return None
+        steps = rung.stop(config.train, train_images)
+        images = count * _images(rung.rung, steps, config)
+        if behind:  # one seed of each trial goes on where the rung below stopped
+            images -= count // len(rung.seeds) * _images(rung.rung, behind, config)
+        behind = steps
         # On average a candidate costs about half of the dense model.
-        total += count * known[rung] * 0.5 * dense_macs * _images(rung, steps, config) / 1e9
+        total += known[rung.rung] * 0.5 * dense_macs * images / 1e9
     return total / (config.search.concurrency or os.cpu_count() or 1)
+
+
+def _counts(config: RunConfig) -> list[tuple[RungConfig, int]]:
+    """Trials of every rung, the lowest first."""
+    search, targets = config.search, _targets(config)
+    fixed = len(config.baselines) * targets
+    groups = targets * math.prod(len(getattr(config.space, kind)) for kind in KINDS)
+    found, climbed = [], search.trials
+    for rung in search.rungs:
+        if isinstance(rung.keep, int):
+            climbed = min(climbed, groups * rung.keep)
+        elif rung.keep is not None:
+            climbed = min(climbed, groups * math.ceil(rung.keep * climbed / groups))
+        seeds = len(rung.seeds) if rung.keep is not None else 1
+        baselines = fixed * (len(rung.seeds) if rung.rung == "train" else 1)
+        found.append((rung, climbed * seeds + (baselines if rung.rung == "zero-shot" or rung.whole else 0)))
+    return found
+
+
+def _label(rung: RungConfig) -> str:
+    if rung.steps is None and rung.epochs is None:
+        return rung.rung
+    return f"train to {f'step {rung.steps}' if rung.steps else f'epoch {rung.epochs:g}'}"
 
 
 def _images(rung: str, steps: int, config: RunConfig) -> int:

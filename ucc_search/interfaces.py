@@ -56,10 +56,6 @@ class TokenView(NamedTuple):
     position_BN: Tensor  # original index of each patch token, row-major on `grid`
     size_BN: Tensor  # original patches each token stands for
     grid: tuple[int, int]
-    received_BHT: Tensor | None = None
-    """Mean of attn over all queries: what each token gets. Present where the scorer sets
-    `needs_attention_means`, as is the next."""
-    class_row_BHT: Tensor | None = None  # what the first token attends to
 
     @property
     def patches_BND(self) -> Tensor:
@@ -95,9 +91,6 @@ class Scorer(Component):
 
     needs_attention: ClassVar[bool] = False
     """True: the block forms its whole attention map and hands it over (not fused, in that block)."""
-    needs_attention_means: ClassVar[bool] = False
-    """True: the block hands over the means of its attention map's columns and the first token's row, without
-    ever holding the map of the whole batch. Nearly as fast as fused attention."""
     needs_class_token: ClassVar[bool] = False
 
     def macs(self, site: Site) -> int:
@@ -181,11 +174,10 @@ class Cascade(Component):
 
     def accumulate(self, running_BN: Tensor | None, score_BN: Tensor) -> Tensor:
         """Cumulative score S = gamma * S + s / mean|s|: every block adds the same mass (reconstructed)."""
-        mean_B1 = score_BN.abs().mean(dim=1, keepdim=True)  # scores may be negative
-        share_BN = score_BN / mean_B1.clamp_min(1e-12)
         if running_BN is None or self.gamma == 0.0:
-            return share_BN
-        return self.gamma * running_BN + share_BN
+            running_BN = 0.0 * score_BN
+        mean_B1 = score_BN.abs().mean(dim=1, keepdim=True)  # scores may be negative
+        return self.gamma * running_BN + score_BN / mean_B1.clamp_min(1e-12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +288,7 @@ class SamplerRequest(NamedTuple):
     trials: int
     """How many points will be measured, those told at the start included."""
     starts: Sequence[Mapping[str, Any]]
-    """Known good points, possibly partial, best guess first; none after a resume."""
+    """Known good points, possibly partial, best guess first."""
     project: Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
     """Where a point lands once it is put on its budget; None where it cannot meet it. Pure, a few ms."""
 
@@ -316,8 +308,9 @@ class Sampler(Component):
     """Proposes the points of the search. One instance per study, in one process.
 
     Proposals are put on the budget before they are measured; a sampler learns from `Measured.point`.
-    Several points may be asked for before the first is told. After a resume, a new instance is
-    started and told all that was measured, with another seed.
+    Several points may be asked for before the first is told. What is proposed must follow from the
+    request and from the calls so far, by `request.seed` alone: after a resume, a new instance gets the
+    calls that the old one got, and is expected to propose the same.
     """
 
     def start(self, request: SamplerRequest) -> None:

@@ -12,6 +12,7 @@ from ucc_search.config import RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import ConfigError
 from ucc_search.interfaces import INFERENCE_KINDS
+from ucc_search.ladder import levels
 from ucc_search.observers import Observers
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import HOOKS, Plugins
@@ -36,7 +37,8 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
     space = SearchSpace.of(config.space, shape, plugins)
     check_budgets(config, scheduler, space, plugins)
     Observers.named(config.observers, plugins)
-    steps = config.train.total_steps(train_images(config))
+    images = train_images(config)
+    levels(config, images)  # refuses a ladder that does not rise
     dense = scheduler.dense_cost
     return {
         "name": config.name,
@@ -50,8 +52,8 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
         ],
         "dimensions": [d.name for d in space.dimensions],
         "trials": estimate.jobs(config),
-        "steps": steps,
-        "seconds": estimate.seconds(config, dense.macs, steps),
+        "steps": config.train.total_steps(images),
+        "seconds": estimate.seconds(config, dense.macs, images),
         "out": f"results/{config.name}",
     }
 

@@ -37,17 +37,18 @@ class Proposer:
             directions=["maximize" if m else "minimize" for m in request.maximize],
             load_if_exists=True,
         )
+        self._recorded = {t.user_attrs.get("trial") for t in self._record.trials}
 
     def propose(self) -> dict[str, Any]:
         """The next point."""
         return dict(self._sampler.propose())
 
-    def tell(self, measured: Measured, attributes: Mapping[str, Any], *, record: bool = True) -> None:
-        """Learn from a measured point.
+    def tell(self, measured: Measured, attributes: Mapping[str, Any]) -> None:
+        """Learn from a measured point, and write it to the study on disk unless it is there already.
 
         Args:
-            record: also write it to the study on disk (False when a run is read back).
+            attributes: of the point in the study; `trial` is its number in the run.
         """
         self._sampler.tell(measured)
-        if record:
+        if attributes["trial"] not in self._recorded:
             self._record.add_trial(closed_trial(measured, self._distributions, attributes))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ucc_search import estimate
+from ucc_search import estimate, supervisor
 from ucc_search.analysis import pareto_front, usable
 from ucc_search.campaign import Campaign, describe
 from ucc_search.checkpoints import remember_loaded, was_loaded
@@ -19,13 +19,14 @@ from ucc_search.config import RunConfig, plain_config
 from ucc_search.environment import environment
 from ucc_search.errors import DataError
 from ucc_search.interfaces import INFERENCE_KINDS
+from ucc_search.ladder import levels
 from ucc_search.observers import Observers
 from ucc_search.parcel import Parcel, folders_of_teacher
 from ucc_search.plugins import Plugins
 from ucc_search.runs import Run
 from ucc_search.schedule import Scheduler, check_budgets
 from ucc_search.scoring import measure_importance, this_bench
-from ucc_search.shapes import model_shape
+from ucc_search.shapes import model_shape, train_images
 from ucc_search.space import SearchSpace
 from ucc_search.store import RunStore, replace_text
 from ucc_search.widths import RANKS as RANK_KINDS
@@ -69,6 +70,7 @@ def search(
     check_budgets(config, Scheduler(config, shape, plugins), space, plugins)
     observers = Observers.named(config.observers, plugins, log)
     here = functools.partial(this_bench, config, plugins)
+    levels(config, train_images(config))  # refuses a ladder that does not rise
     scheduler = Scheduler(config, shape, plugins, _bench_evaluate(here), lambda ref: here().depth_order(ref))
     known = RunStore.resume(path, config) if resume else None
     if known is None:
@@ -177,7 +179,6 @@ def _chosen_ranks(
             here.splits.train,
             settings,
             seed=config.search.seed,
-            inputs=here.proxy_inputs if config.space.factorize == "whitened" else None,
             log=log,
         )
         starts[budget.label] = space.starting_at(ratios)
@@ -191,17 +192,16 @@ def _bench_evaluate(bench: Callable[[], Workbench]) -> Callable[..., Any]:
 
 
 def _run_here(campaign: Campaign, parcel: Parcel, log: Log) -> None:
-    from ucc_search.worker import measure
-
     # Half of the logical cores: as many as there are real ones, and room for whatever else runs,
     # which OpenMP threads that wait for one another tolerate badly.
-    common = {**parcel.open(), "threads": max(1, (os.cpu_count() or 1) // 2)}
-    with contextlib.suppress(StopIteration):
+    threads, timeout = max(1, (os.cpu_count() or 1) // 2), campaign.config.search.trial_timeout
+    common = {**parcel.open(), "threads": threads, "timeout": timeout}
+    with contextlib.suppress(StopIteration), supervisor.ending():
         while True:
             job = campaign.next_job()
             assert job is not None, "one job at a time leaves none in flight"
-            row = campaign.finish(job.id, measure({**common, "job": job.to_dict()}))
-            log(describe(row))
+            outcome = supervisor.measure_again({**common, "job": job.to_dict()}, log)
+            log(describe(campaign.finish(job.id, outcome)))
 
 
 def exit_code(run: Run) -> int:

@@ -153,6 +153,7 @@ class Run:
             "data": self.config.data.name,
             "trials": len(rows),
             "ok": sum(r.state == "ok" for r in rows),
+            "stopped": sum(r.state == "stopped" for r in rows),
             "failed": sum(r.state == "failed" for r in rows),
             "infeasible": sum(r.state == "ok" and not r.feasible for r in rows),
             "rungs": dict(Counter(r.rung for r in rows)),

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ucc_search.plan import CompressionPlan
 
 CONFIG, ENVIRONMENT, TRIALS = "config.resolved.yaml", "environment.json", "trials.jsonl"
 MAY_CHANGE = (
-    *("search.trials", "search.concurrency", "search.executor", "observers"),
+    *("search.trials", "search.concurrency", "search.executor", "search.trial_timeout", "observers"),
     *("search.ray_address", "search.cpus_per_trial", "search.gpus_per_trial"),
 )
 """Keys of the configuration that may differ when a run is resumed."""
@@ -34,11 +35,11 @@ class TrialRow:
     """
 
     id: int
-    state: str  # ok or failed
+    state: str  # ok, stopped (at a rung, before the end of training) or failed
     method: str  # "search", "dense" or the baseline's name
     origin: str  # search, baseline or dense
     rung: str  # zero-shot or train
-    fidelity: int  # optimiser steps; 0 is zero-shot
+    fidelity: int  # optimiser steps behind it; 0 is zero-shot
     seed: int
     target: str  # the budget as the user wrote it, for example macs=50%
     macs: int
@@ -65,8 +66,13 @@ class TrialRow:
     components: dict[str, Any] = field(default_factory=dict)  # kind to name and parameters
     identities: dict[str, Any] = field(default_factory=dict)  # kind to package, version and hash
     params_searched: dict[str, Any] = field(default_factory=dict)
-    parent: int | None = None  # the zero-shot trial this one was promoted from
-    failure: str | None = None  # nan_loss, not_finite, out_of_memory, user_error, worker_died or error
+    parent: int | None = None  # the trial of the rung below that this one was promoted from
+    proposal: int | None = None  # its number among the search's proposals
+    known: int | None = None  # how many proposals had been measured when it was made
+    continued: int = 0  # optimiser steps taken over from the rung below
+    failure: str | None = (
+        None  # nan_loss, not_finite, out_of_memory, timeout, worker_died, user_error or error
+    )
     error: str | None = None  # one line
     seconds: float = 0.0
     compute_seconds: float | None = None  # forward and training passes alone
@@ -97,7 +103,7 @@ class RunStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._reserved = 0  # ids below this were handed out by this object
+        self._whole: int | None = None  # bytes of whole lines in `trials.jsonl`, once they are known
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, environment: Mapping[str, Any]) -> RunStore:
@@ -202,22 +208,40 @@ class RunStore:
                 raise RunError(f"{self.path / TRIALS}: line {number} is not a trial ({error})") from None
         return rows
 
-    def next_id(self) -> int:
-        """An id that no finished trial has, and that this object has not handed out before."""
-        after_last = 1 + max((row.id for row in self.rows()), default=-1)
-        chosen = max(after_last, self._reserved)
-        self._reserved = chosen + 1
-        return chosen
-
     def append(self, row: TrialRow) -> None:
-        """Record a finished trial for good: on the disk before this returns. NaN and infinity become null."""
-        whole = self._lines()[1]
-        with open(self.path / TRIALS, "ab") as file:
-            if file.tell() != whole:
-                file.truncate(whole)
-            file.write((_json(row.to_dict()) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        """Record a finished trial for good: on the disk before this returns. NaN and infinity become null.
+
+        A last line torn by a kill is overwritten.
+
+        Raises:
+            RunError: another line is damaged, or the disk takes no more; the file is then as it was.
+        """
+        path = self.path / TRIALS
+        if self._whole is None or self._whole != (path.stat().st_size if path.is_file() else 0):
+            self._whole = self._lines()[1]
+        line = (_json(row.to_dict()) + "\n").encode()
+        with self.writing(), open(path, "ab", buffering=0) as file:
+            if file.tell() != self._whole:
+                file.truncate(self._whole)
+            try:
+                _write_all(file, line)
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(self._whole)
+                raise
+        self._whole += len(line)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turns what the disk refuses (it is full, gone, or there is a quota) into one sentence.
+
+        Raises:
+            RunError: in place of an OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(self.path, error.strerror or str(error)) from None
 
     def _lines(self) -> tuple[list[Any], int]:
         """Parsed lines, and the number of bytes they take up."""
@@ -245,16 +269,54 @@ class RunStore:
         metrics: Sequence[Mapping[str, Any]] = (),
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """The trial's own folder: parameters, plan, loss curve, and the files that its worker made."""
+        """The trial's own folder: parameters, plan, loss curve, and the files that its worker made.
+
+        Raises:
+            RunError: the disk takes no more.
+        """
         folder = self.folder(trial)
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "params.json", _json(params, indent=1) + "\n")
-        replace_text(folder / "plan.json", plan.to_json() + "\n")
-        # Written even when empty: a killed trial may have left a curve under the same id.
-        replace_text(folder / "metrics.jsonl", "".join(_json(m) + "\n" for m in metrics))
-        for name, content in (files or {}).items():
-            with replacing(folder / name) as temporary:
-                temporary.write_bytes(content)
+        with self.writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_text(folder / "params.json", _json(params, indent=1) + "\n")
+            replace_text(folder / "plan.json", plan.to_json() + "\n")
+            # Written even when empty: a killed trial may have left a curve under the same id.
+            replace_text(folder / "metrics.jsonl", "".join(_json(m) + "\n" for m in metrics))
+            for name, content in (files or {}).items():
+                with replacing(folder / name) as temporary:
+                    temporary.write_bytes(content)
+
+
+def disk_error(path: Path, reason: str) -> RunError:
+    """What a full disk is called."""
+    return RunError(
+        f"{path}: cannot be written ({reason}); what was finished is kept: make room, then go on with --resume"
+    )
+
+
+def heal_lines(path: Path) -> None:
+    """Cut a last line that a kill has torn off a file of JSON lines, so that the next one starts afresh."""
+    if not path.is_file():
+        return
+    last = path.read_bytes().rpartition(b"\n")[2]
+    if last:
+        os.truncate(path, path.stat().st_size - len(last))
+
+
+def heal_journal(path: Path) -> None:
+    """Make Optuna's journal usable after a kill: no torn line, and no lock, which it would wait half a minute for.
+
+    The caller holds the lock of the run folder, so nobody else writes to it.
+    """
+    for left in path.parent.glob(f"{path.name}.lock*"):
+        left.unlink(missing_ok=True)
+    heal_lines(path)
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    """A raw file may take a part; the next call then says why."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) or 0 :]
 
 
 @contextlib.contextmanager

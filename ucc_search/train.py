@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ucc_search.config import TrainConfig
-from ucc_search.data import ImageSet, training_batches
+from ucc_search.data import ImageSet, TrainingBatches
 from ucc_search.errors import ConfigError
 
+_ENGINE = "engine"  # what the engine calls its own part of a saved training
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,7 +46,9 @@ class FitResult:
     parts: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     averaged: nn.Module | None = None
-    """The moving average of `module.model`, where `ema` is set."""
+    """The moving average of `module.model`, where `ema` is set and there was an update."""
+    continued: int = 0
+    """Steps that were taken over from an earlier training."""
 
 
 class Engine(Protocol):
@@ -52,6 +57,8 @@ class Engine(Protocol):
     def forward(self, images: Tensor, labels: Tensor, progress: float) -> Mapping[str, Tensor]: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self) -> None: ...
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
 
 
 def device_for_training() -> torch.device:
@@ -68,14 +75,22 @@ def fit(
     worker: Worker | None = None,
     before_step: Callable[[float], None] | None = None,
     after_step: Callable[[int, int, float], None] | None = None,
+    stop: int | None = None,
+    resume: Path | None = None,
+    save: Path | None = None,
 ) -> FitResult:
     """Train `module` in place.
+
+    Training that was stopped and resumed takes the steps that it would have taken in one go.
 
     Args:
         module: maps (images_BCHW, labels_B, progress in [0, 1]) to named scalar losses, whose sum
             is minimised; the model it trains is its attribute `model`.
         before_step: called with the progress, before each optimiser step.
         after_step: called with step, total steps and loss.
+        stop: the step to stop at; learning rates are those of the whole training all the same.
+        resume: a folder that `save` wrote; where it is not there, training begins at the start.
+        save: a folder for all that is needed to go on; replaced as a whole.
 
     Raises:
         TrainingError: the loss stopped being finite.
@@ -91,11 +106,14 @@ def fit(
     engine = _make_engine(module, config, total, worker)
     average, every = _average(module.model, config, len(images))
     rounds = config.gradient_accumulation
-    batches = training_batches(
+    batches = TrainingBatches(
         images, config.batch_size // rounds, config.augment, seed=seed, rank=worker.rank, world=worker.world
     )
     result, start = FitResult(), time.perf_counter()
-    for step in range(total):
+    loop = _Loop(engine, batches, average, result, worker.rank)
+    if resume is not None and resume.is_dir():
+        loop.load(resume)
+    for step in range(result.continued, total if stop is None else stop):
         progress = step / total
         if before_step:
             before_step(progress)
@@ -108,10 +126,56 @@ def fit(
         result.parts.append(parts)
         if after_step:
             after_step(step + 1, total, loss)
+    if save is not None:
+        loop.save(save)
     result.seconds = time.perf_counter() - start
-    result.averaged = average.module if average is not None else None
+    result.averaged = average.module if average is not None and int(average.n_averaged) else None
     module.eval()
     return result
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """All that a training stopped between two steps needs to go on as if nothing had happened."""
+
+    engine: Engine
+    batches: TrainingBatches
+    average: Any
+    result: FitResult
+    rank: int
+
+    def save(self, folder: Path) -> None:
+        """Write the state of this process; `folder` appears once all of rank 0's is there."""
+        partial = folder.with_name(folder.name + ".part")
+        partial.mkdir(parents=True, exist_ok=True)
+        self.engine.save(partial)
+        state = {
+            "losses": self.result.losses,
+            "parts": self.result.parts,
+            "batches": self.batches.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        torch.save(state, partial / f"loop-{self.rank}.pt")
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if self.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote, in a process of the same rank."""
+        self.engine.load(folder)
+        state = torch.load(folder / f"loop-{self.rank}.pt", weights_only=True)
+        self.batches.load_state_dict(state["batches"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.result.losses[:], self.result.parts[:] = state["losses"], state["parts"]
+        self.result.continued = len(state["losses"])
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
 
 
 def _step(
@@ -219,6 +283,16 @@ class TorchEngine:
         self._optimizer.zero_grad(set_to_none=True)
         self._rates.step()
 
+    def save(self, folder: Path) -> None:
+        parts = (self._module, self._optimizer, self._rates)
+        torch.save([part.state_dict() for part in parts], folder / _ENGINE)
+
+    def load(self, folder: Path) -> None:
+        # Everything counts gradients from a whole step, so `_calls` need not be kept.
+        states = torch.load(folder / _ENGINE, weights_only=True)
+        for part, state in zip((self._module, self._optimizer, self._rates), states, strict=True):
+            part.load_state_dict(state)
+
 
 class DeepSpeedEngine:
     """DeepSpeed, without a TCP port, an MPI search or a compiler (none is needed for one process)."""
@@ -243,6 +317,12 @@ class DeepSpeedEngine:
 
     def step(self) -> None:
         self._engine.step()
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=_ENGINE, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        self._engine.load_checkpoint(str(folder), tag=_ENGINE)
 
 
 def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:

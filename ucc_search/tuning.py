@@ -20,9 +20,8 @@ from ucc_search.campaign import Campaign, Job, describe
 from ucc_search.cluster import Placement, at_once, nodes, placement
 from ucc_search.errors import UserError
 from ucc_search.parcel import Parcel
+from ucc_search.supervisor import DEATHS, measure
 
-DEATHS = 2
-"""So often a trial's worker may die on nodes that live on before the trial is filed as failed."""
 LOSSES = 20
 """So often a trial is made again, whatever the reason."""
 
@@ -79,7 +78,7 @@ class CampaignSearcher(Searcher):
     Attributes:
         files: what a trial's result brought along for its folder, by Tune's id; see `FileCatcher`.
         finished: the campaign has no more jobs.
-        problem: what went wrong while a job was being made, raised after Tune has stopped.
+        problem: what went wrong while a job was made or filed, raised after Tune has stopped.
     """
 
     def __init__(self, campaign: Campaign, one: Placement, log: Log) -> None:
@@ -94,6 +93,8 @@ class CampaignSearcher(Searcher):
         self.problem: UserError | None = None
 
     def suggest(self, trial_id: str) -> Any:
+        if self.problem is not None:
+            return Searcher.FINISHED
         found = self._nodes()
         # Nodes may join or leave while the run goes on.
         if len(self._flights) >= at_once(self._campaign.config, self._placement, list(found.values())):
@@ -109,7 +110,8 @@ class CampaignSearcher(Searcher):
         if job is None:
             return None
         self._flights[trial_id] = _Flight(job, frozenset(found))
-        return {"threads": self._placement.threads, "job": job.to_dict()}
+        timeout = self._campaign.config.search.trial_timeout
+        return {"threads": self._placement.threads, "timeout": timeout, "job": job.to_dict()}
 
     def _nodes(self, newest: bool = False) -> dict[str, Any]:
         """The cluster's nodes, asked for at most once a second unless the newest are needed."""
@@ -130,7 +132,12 @@ class CampaignSearcher(Searcher):
             if self._made_again(flight):
                 return
             result = {"state": "failed", "failure": "worker_died", "error": "the worker process ended"}
-        self._log(describe(self._campaign.finish(flight.job.id, {**result, "files": dict(files)})))
+        try:
+            row = self._campaign.finish(flight.job.id, {**result, "files": dict(files)})
+        except UserError as problem:
+            self.problem = self.problem or problem
+            return
+        self._log(describe(row))
 
     def _made_again(self, flight: _Flight) -> bool:
         """Whether a job whose worker died goes back into the queue."""
@@ -198,8 +205,6 @@ _opened: dict[str, dict[str, Any]] = {}
 
 def trainable(task: dict[str, Any], sent: Sent) -> None:
     """Ray Tune's function: one job on this worker's warm bench."""
-    from ucc_search.worker import measure
-
     if sent.key not in _opened:
         _opened.clear()
         _opened[sent.key] = pickle.loads(ray.get(sent.parcel)).open()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ucc_search.budget import with_tokens
 from ucc_search.builtin.distillers import logit_kl
-from ucc_search.compression import ProxyInputs, assemble, checked_scores, compress, set_tokens, shape_of
+from ucc_search.compression import assemble, checked_scores, compress, set_tokens, shape_of
 from ucc_search.compression.selection import Scores, first_units, narrows
 from ucc_search.config import RunConfig, parse_config
 from ucc_search.data import Splits, calibration_batches, load_data, proxy_batches
@@ -42,6 +42,8 @@ class Measurement:
     loss: float | None = None
     compute_seconds: float = 0.0
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    continued: int = 0
+    """Optimiser steps that were taken over from the rung below."""
 
 
 class Workbench:
@@ -106,35 +108,25 @@ class Workbench:
         importance: ComponentRef,
         *,
         scratch: bool = False,
-        whiten: bool = False,
     ) -> nn.Module:
-        """What a candidate starts from: the teacher compressed, or the same architecture with new weights.
-
-        Args:
-            whiten: factorise for what layers give on the proxy images, not for their weights.
-        """
+        """What a candidate starts from: the teacher compressed, or the same architecture with new weights."""
         if scratch:
             unweighted = self.config.model.model_copy(update={"pretrained": False})
             dense = build_model(unweighted, classes=self.splits.classes, channels=self.splits.channels)
             return assemble(dense.to(self.device), plan, components, first_units(plan))
         scores = self.scores(importance) if narrows(plan) else {}
-        return compress(
-            self.teacher,
-            plan,
-            components,
-            scores=scores,
-            heads=self.config.space.fewer_heads,
-            inputs=self.proxy_inputs if whiten else None,
-        )
+        return compress(self.teacher, plan, components, scores=scores, heads=self.config.space.fewer_heads)
 
-    @functools.cached_property
-    def proxy_inputs(self) -> ProxyInputs:
-        """What whitened factorisations look at."""
-        return ProxyInputs(self.proxy)
-
-    def zero_shot(self, model: nn.Module) -> Measurement:
-        """KL to the teacher and accuracy on the calibration images, of a model as it is."""
-        model.eval()
+    def zero_shot(
+        self,
+        plan: CompressionPlan,
+        components: Components,
+        importance: ComponentRef,
+        *,
+        scratch: bool = False,
+    ) -> Measurement:
+        """KL to the teacher and accuracy on the calibration images, without any training."""
+        model = self.compressed(plan, components, importance, scratch=scratch).eval()
         start = time.perf_counter()
         kl, right = self._on_calibration(model)
         return Measurement(kl, right, compute_seconds=time.perf_counter() - start)
@@ -187,21 +179,25 @@ class Workbench:
         *,
         seed: int,
         scratch: bool = False,
-        whiten: bool = False,
         out: Path | None = None,
         arch: Mapping[str, Any] | None = None,
         worker: Worker | None = None,
+        stop: int | None = None,
+        resume: Path | None = None,
+        save: Path | None = None,
     ) -> Measurement:
         """Train the compressed model and measure it on the selection split, then on the test split.
 
+        Training that stops before its end is measured on the selection split alone, and leaves no model.
+
         Args:
+            stop, resume, save: see `train.fit`.
             out: where rank 0 writes weights and `arch.json`.
             arch: what `arch.json` says of the dense model and the components.
         """
         config = self.config.train
         torch.manual_seed(seed)
-        student = self.compressed(plan, components, importance, scratch=scratch, whiten=whiten)
-        student.requires_grad_(True)
+        student = self.compressed(plan, components, importance, scratch=scratch).requires_grad_(True)
         built = self.plugins.build("distiller", distiller)
         module = CandidateLoss(
             student,
@@ -213,19 +209,31 @@ class Workbench:
         )
         anneal = self._annealing(student, plan) if config.anneal else None
         start = time.perf_counter()
-        result = fit(module, self.splits.train, config, seed=seed, worker=worker, before_step=anneal)
+        result = fit(
+            module,
+            self.splits.train,
+            config,
+            seed=seed,
+            worker=worker,
+            before_step=anneal,
+            stop=stop,
+            resume=resume,
+            save=save,
+        )
+        whole = len(result.losses) == config.total_steps(len(self.splits.train))
         set_tokens(student, plan.tokens)
         model = (result.averaged or student).float().eval()
         set_tokens(model, plan.tokens)
         measured = Measurement(
             kl=self._on_calibration(model)[0],
             accuracy=accuracy(model, self.splits.select),
-            test_accuracy=accuracy(model, self.splits.test),
+            test_accuracy=accuracy(model, self.splits.test) if whole else None,
             loss=sum(result.losses[-20:]) / len(result.losses[-20:]),
             compute_seconds=time.perf_counter() - start,
             metrics=_metrics(result.losses, result.parts),
+            continued=result.continued,
         )
-        if out is not None and arch is not None and (worker is None or worker.rank == 0):
+        if whole and out is not None and arch is not None and (worker is None or worker.rank == 0):
             save_model(model, out, plan, arch)
         return measured
 

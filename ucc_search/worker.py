@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import math
 import os
@@ -29,35 +31,39 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
             `threads` and `job` (`campaign.Job.to_dict`).
 
     Returns:
-        state, failure, error, kl, accuracy, test_accuracy, loss, metrics, seconds, compute_seconds, and `files`:
-        content by name, which the run's own process writes into the trial's folder.
+        state, failure, error, kl, accuracy, test_accuracy, loss, metrics, continued, seconds, compute_seconds,
+        and `files`: content by name, which the run's own process writes into the trial's folder.
     """
     start = time.perf_counter()
     try:
         torch.set_num_threads(task["threads"])
         bench = warm_bench(task["config"], task["plugins"], task["disabled"])
         with tempfile.TemporaryDirectory(prefix="ucc-search-") as folder:
-            measured, steps = _measure(bench, {**task, "out": folder})
+            outcome = _outcome(_measure(bench, {**task, "out": folder}))
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        outcome = _outcome(measured) | {"steps": steps, "files": files}
-    except Exception as error:  # a candidate's failure must not end the run
+        outcome["files"] = files
+    except (Exception, SystemExit) as error:  # a candidate's failure must not end the run
         logging.getLogger(__name__).debug("trial failed", exc_info=True)
         outcome = {"state": "failed", "failure": failure_class(error), "error": _one_line(error)}
     return outcome | {"seconds": time.perf_counter() - start}
 
 
-def _measure(bench: Workbench, task: Mapping[str, Any]) -> tuple[Measurement, int]:
+def prepare(task: Mapping[str, Any]) -> None:
+    """Load what jobs like this one need; what goes wrong is left for `measure` to tell."""
+    with contextlib.suppress(Exception, SystemExit):
+        warm_bench(task["config"], task["plugins"], task["disabled"])
+
+
+def _measure(bench: Workbench, task: Mapping[str, Any]) -> Measurement:
     job = task["job"]
     if job["origin"] == "dense":
-        return bench.dense(job["rung"]), 0
+        return bench.dense(job["rung"])
     if job["rung"] == "zero-shot":
         plan, refs, parts = _decode(bench, job)
-        start = bench.compressed(plan, parts, refs["importance"], **_start(job))
-        return bench.zero_shot(start), 0
-    steps = bench.config.train.total_steps(len(bench.splits.train))
+        return bench.zero_shot(plan, parts, refs["importance"], scratch=job["scratch"])
     if bench.config.train.workers > 1:
-        return _train_together(task, bench.config.train.workers), steps
-    return _train(bench, task, None), steps
+        return _train_together(task, bench.config.train.workers)
+    return _train(bench, task, None)
 
 
 def _decode(
@@ -68,13 +74,9 @@ def _decode(
     return CompressionPlan.from_dict(job["plan"]), refs, parts
 
 
-def _start(job: Mapping[str, Any]) -> dict[str, bool]:
-    """What a candidate's first weights are made from."""
-    return {"scratch": job["scratch"], "whiten": job["factorize"] == "whitened"}
-
-
 def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> Measurement:
-    plan, refs, parts = _decode(bench, task["job"])
+    job = task["job"]
+    plan, refs, parts = _decode(bench, job)
     identities = {kind: bench.plugins.identity(kind, ref.name) for kind, ref in refs.items()}
     normalisation = {"mean": bench.splits.mean, "std": bench.splits.std}
     arch = arch_of(bench.config.model, refs, identities, task["sources"], normalisation)
@@ -83,12 +85,20 @@ def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> 
         parts,
         refs["distiller"],
         refs["importance"],
-        **_start(task["job"]),
-        seed=task["job"]["seed"],
+        scratch=job["scratch"],
+        seed=job["seed"],
         out=Path(task["out"]),
         arch=arch,
         worker=worker,
+        stop=job["steps"],
+        resume=_here(job["resume"]),
+        save=_here(job["save"]),
     )
+
+
+def _here(state: str | None) -> Path | None:
+    """Where a stopped training is kept; None on a machine that does not see the run's folder."""
+    return Path(state) if state is not None and Path(state).parent.is_dir() else None
 
 
 def _train_together(task: Mapping[str, Any], world: int) -> Measurement:
@@ -117,7 +127,7 @@ def _rank_main(rank: int, world: int, rendezvous: str, task: dict[str, Any], res
 def _outcome(measured: Measurement) -> dict[str, Any]:
     values = {
         k: getattr(measured, k)
-        for k in ("kl", "accuracy", "test_accuracy", "loss", "compute_seconds", "metrics")
+        for k in ("kl", "accuracy", "test_accuracy", "loss", "compute_seconds", "metrics", "continued")
     }
     bad = [k for k in ("kl", "loss") if values[k] is not None and not math.isfinite(values[k])]
     if bad:
@@ -125,14 +135,26 @@ def _outcome(measured: Measurement) -> dict[str, Any]:
     return {"state": "ok", **values}
 
 
+DISK_FULL = "disk_full"
+"""Not the candidate's fault: the run stops, and measures the trial again when it is resumed."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "cannot allocate memory")
+
+
 def failure_class(error: BaseException) -> str:
     """A word for the table of failures."""
+    text = str(error).lower()
     if isinstance(error, TrainingError):
         return "nan_loss"
     if isinstance(error, FloatingPointError):
         return "not_finite"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(t in text for t in _NO_MEMORY):
         return "out_of_memory"
+    # Libraries that write models wrap the system's error in one of their own.
+    if (isinstance(error, OSError) and error.errno in _NO_ROOM) or any(
+        os.strerror(code).lower() in text for code in _NO_ROOM
+    ):
+        return DISK_FULL
     return "user_error" if isinstance(error, UserError) else "error"
 
 
