@@ -20,6 +20,7 @@ LIGHT = [
     *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
     *("tables", "cli", "strength", "widths", "progress", "parcel", "checkpoints", "timing"),
     *("spread", "influence", "comparison"),
+    *("observers", "plugin_checks", "plugin_sources"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""
 
@@ -31,7 +32,9 @@ ALLOWED = {
     "interfaces": {"plan"},
     "hookspecs": {"interfaces"},
     "config": {"errors", "interfaces"},
-    "plugins": {"builtin", "errors", "hookspecs", "interfaces"},
+    "plugin_checks": {"errors", "hookspecs"},
+    "plugin_sources": {"errors", "hookspecs", "shapes"},
+    "plugins": {"builtin", "errors", "hookspecs", "interfaces", "plugin_checks", "plugin_sources"},
     "observers": {"interfaces", "plugins"},
     "strength": set(),
     "timing": set(),

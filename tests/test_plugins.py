@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -145,15 +147,43 @@ def test_installed_plugins_carry_their_package_and_version(tmp_path, monkeypatch
     assert "border" not in [r.name for r in load().records]
 
 
+TRAPS = ("ucc_search_plugin.py", "conftest.py", "ucc_search_plugins/x.py", "json/x.py", "typer.py", "yaml.py")
+
+
+def set_traps(folder: Path) -> None:
+    """Whatever a program might look for, and an installed plugin; each shouts if it is run."""
+    for name in (*TRAPS, "trap.py"):
+        write(folder / name, "raise SystemExit('executed')")
+    write(folder / "trap-1.dist-info" / "METADATA", "Metadata-Version: 2.1\nName: trap\nVersion: 1\n")
+    write(folder / "trap-1.dist-info" / "entry_points.txt", "[ucc_search]\ntrap = trap\n")
+
+
 def test_the_current_folder_is_never_executed(tmp_path, monkeypatch):
-    for name in ("ucc_search_plugin.py", "conftest.py", "ucc_search_plugins/x.py", "json/x.py"):
-        write(tmp_path / name, "raise SystemExit('executed')")
+    set_traps(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert [r.name for r in load().records] == ["builtin"]
     with pytest.raises(PluginError, match="plugin ''"):
         load("")
     # A folder does not replace the module of the same name.
     assert [r.name for r in load("json").records] == ["builtin", "json"]
+    # Not even where Python itself would look there.
+    for here in ("", str(tmp_path)):
+        monkeypatch.setattr(sys, "path", [here, *sys.path])
+        assert "trap" not in [r.name for r in Plugins.load().records]
+
+
+def test_python_m_does_not_execute_the_current_folder(tmp_path):
+    set_traps(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "ucc_search", "plugins", "list"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("builtin")
+    assert "trap" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -253,11 +283,31 @@ def test_disabled_plugins_are_not_executed(tmp_path):
 
 
 def test_of_two_plugins_with_one_name_the_second_is_shadowed_and_says_so(tmp_path):
-    plugins = load(write(tmp_path / "a" / "same.py"), write(tmp_path / "b" / "same.py"))
-    assert [(r.status, r.error) for r in plugins.records[1:]] == [
-        ("ok", None),
-        ("shadowed", "another plugin is already called 'same'"),
-    ]
+    first, second = write(tmp_path / "a" / "same.py"), write(tmp_path / "b" / "same.py")
+    plugins = load(first, second)
+    assert [r.status for r in plugins.records[1:]] == ["ok", "shadowed"]
+    error = plugins.records[2].error or ""
+    for part in ("already called 'same'", first, "version 1.2", "rename or uninstall one of the two"):
+        assert part in error
+    with pytest.raises(PluginError, match=r"plugin 'same' \(.*b/same\.py\) is shadowed: another"):
+        load(first, second, strict=True)
+
+
+def test_a_file_that_is_also_installed_is_one_plugin(tmp_path, monkeypatch):
+    file = write(tmp_path / "ucc_test_both.py")
+    info = tmp_path / "ucc_plugin_test-3.1.dist-info"
+    write(info / "METADATA", "Metadata-Version: 2.1\nName: ucc-plugin-test\nVersion: 3.1\n")
+    write(info / "entry_points.txt", "[ucc_search]\nborder = ucc_test_both\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins = Plugins.load([file], strict=True)
+    assert record(plugins, "ucc_test_both").error == "the same module is already loaded as 'border'"
+    assert plugins.get("scorer", "edge")
+
+
+def test_a_plugin_to_disable_must_exist(tmp_path):
+    good = write(tmp_path / "good.py")
+    with pytest.raises(PluginError, match=r"no plugin 'godo' to disable; did you mean 'good'\?"):
+        load(good, disabled=["godo"])
 
 
 def test_a_module_reached_by_two_names_is_loaded_once(tmp_path, monkeypatch):
@@ -358,6 +408,23 @@ def run_python(code: str, *arguments: str, cwd: Path | None = None, **variables:
     return done.stdout
 
 
+WORKER = """
+import json, pickle, sys
+from ucc_search.plugins import Plugins
+worker = Plugins.from_bundle(pickle.loads(open(sys.argv[1], "rb").read()))
+names = {n: getattr(worker.get("scorer", n), "__module__", "") for n in worker.names("scorer")}
+print(json.dumps([[vars(r) for r in worker.records], worker.sources, worker.disabled, list(names)]))
+"""
+
+
+def in_worker(driver: Plugins, cwd: Path, **variables: str) -> list:
+    """What a process in another folder makes of the driver's bundle."""
+    file = cwd / "bundle.pickle"
+    file.write_bytes(pickle.dumps(driver.bundle()))
+    variables = {"UCC_SEARCH_CACHE": str(cwd / "cache"), **variables}
+    return json.loads(run_python(WORKER, str(file), cwd=cwd, **variables))
+
+
 def test_a_worker_in_another_folder_rebuilds_the_same_plugins(tmp_path, monkeypatch):
     # Ray Tune runs workers in the trial's folder, where relative paths of the driver mean nothing.
     write(tmp_path / "good.py")
@@ -367,19 +434,94 @@ def test_a_worker_in_another_folder_rebuilds_the_same_plugins(tmp_path, monkeypa
     (tmp_path / "trial").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UCC_SEARCH_PLUGINS", "env.py")
-    driver = Plugins.load(["good.py", "more", "off.py"], disabled=["off"])
-    code = """
-    import json, sys
-    from ucc_search.plugins import Plugins
-    sources, disabled = json.loads(sys.argv[1])
-    worker = Plugins.load(sources, disabled=disabled, environment=False)
-    print(json.dumps([[vars(r) for r in worker.records], worker.sources, worker.disabled]))
-    """
-    task = json.dumps([driver.sources, driver.disabled])
-    records, sources, disabled = json.loads(run_python(code, task, cwd=tmp_path / "trial"))
+    driver = load("good.py", "more", "off.py", disabled=["off"])
+    records, sources, disabled, _ = in_worker(driver, tmp_path / "trial")
     assert records == [vars(r) for r in driver.records]
     assert (tuple(sources), tuple(disabled)) == (driver.sources, driver.disabled)
     assert driver.get("scorer", "rim")
+    assert not (tmp_path / "trial" / "cache").exists()  # read in their own place
+
+
+PACKAGE = {
+    "__init__.py": GOOD.replace(
+        "from ucc_search.interfaces", "from .names import NAME\nfrom ucc_search.interfaces"
+    ).replace('{"edge": Edge}', "{NAME: Edge}"),
+    "names.py": "from pathlib import Path\nNAME = (Path(__file__).parent / 'data' / 'name.txt').read_text()",
+    "data/name.txt": "edge",
+}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "package", "module"])
+def test_local_plugins_travel_by_content(kind, tmp_path, monkeypatch):
+    """To nodes that have no such files, and so that an edit during a run changes no trial."""
+    home = tmp_path / "home"
+    for name, text in PACKAGE.items():
+        write(home / "ucc_test_mine" / name, text)
+    write(home / "flat" / "mine.py")
+    monkeypatch.syspath_prepend(str(home))
+    source = {
+        "file": str(home / "flat" / "mine.py"),
+        "folder": str(home / "flat"),
+        "package": str(home / "ucc_test_mine"),
+        "module": "ucc_test_mine",
+    }[kind]
+    driver = load(source)
+    assert (driver.records[1].status, driver.records[1].error) == ("ok", None)
+    (tmp_path / "trial").mkdir()
+    bundle = driver.bundle()
+    shutil.rmtree(home)
+    monkeypatch.setattr(driver, "bundle", lambda: bundle)
+    for _ in range(2):  # unpacked, then found unpacked
+        records, sources, _, scorers = in_worker(driver, tmp_path / "trial")
+        assert records == [vars(r) for r in driver.records]
+        assert sources == [source]
+        assert "edge" in scorers
+    # What was changed in the cache is not believed.
+    changed = next((tmp_path / "trial" / "cache").rglob("*.py"))
+    changed.write_text("raise SystemExit('executed')")
+    assert "edge" in in_worker(driver, tmp_path / "trial")[3]
+
+
+def test_any_file_of_a_package_counts_for_its_hash(tmp_path):
+    hashes = set()
+    for folder, name in (("a", None), ("b", "names.py"), ("c", "data/name.txt")):
+        for file, text in PACKAGE.items():
+            write(tmp_path / folder / "pack" / file, text + " " * (file == name))
+        hashes.add(load(str(tmp_path / folder / "pack")).records[1].sha256)
+    assert len(hashes) == 3
+    assert None not in hashes
+
+
+def test_a_node_with_another_version_of_an_installed_plugin_is_told(tmp_path, monkeypatch):
+    (tmp_path / "trial").mkdir()
+    for folder, version in (("here", "3.1"), ("there", "3.2")):
+        write(tmp_path / folder / "ucc_test_versions.py", GOOD + f"# {version}\n")
+        info = tmp_path / folder / f"ucc_plugin_test-{version}.dist-info"
+        write(info / "METADATA", f"Metadata-Version: 2.1\nName: ucc-plugin-test\nVersion: {version}\n")
+        write(info / "entry_points.txt", "[ucc_search]\nborder = ucc_test_versions\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "here"))
+    driver = Plugins.load()
+    same, other = (
+        next(
+            r
+            for r in in_worker(driver, tmp_path / "trial", PYTHONPATH=str(tmp_path / f))[0]
+            if r["name"] == "border"
+        )
+        for f in ("here", "there")
+    )
+    assert (same["status"], other["status"]) == ("ok", "failed")
+    assert "(version 3.2) are not those of the process that started the run" in other["error"]
+    # What the driver did not load is not loaded there either.
+    found = in_worker(load(), tmp_path / "trial", PYTHONPATH=str(tmp_path / "here"))[0]
+    assert [r["name"] for r in found] == ["builtin"]
+
+
+def test_what_is_too_large_stays(tmp_path):
+    write(tmp_path / "pack" / "__init__.py")
+    with open(tmp_path / "pack" / "weights.bin", "wb") as file:
+        file.truncate(30_000_000)
+    with pytest.raises(PluginError, match="30 MB cannot travel to workers"):
+        load(str(tmp_path / "pack")).bundle()
 
 
 def test_loading_twice_gives_the_same_and_shares_nothing(tmp_path):

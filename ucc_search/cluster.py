@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,11 +47,13 @@ def connected(address: str | None) -> Iterator[None]:
     try:
         if address and address != "local":
             _refuse_silent(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            with _elsewhere():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(
-                address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-            )
+            with _elsewhere():
+                ray.init(
+                    address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+                )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"no Ray cluster can be used at {address!r}" if address else "Ray cannot be started here"
         reason = " ".join(str(error).split())[:300]
@@ -60,6 +63,18 @@ def connected(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _elsewhere() -> Iterator[None]:
+    """In an empty folder: Ray puts the current one first on its workers' path, and files there would be imported."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory(prefix="ucc-search-") as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def _refuse_silent(address: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,55 +14,13 @@ from ucc_search.shapes import cache_folder
 
 
 @dataclass(frozen=True)
-class PluginSource:
-    """One source of plugins as the user named it, and, if it is a file or a folder, the text of its files."""
-
-    name: str
-    """An absolute path, or the name of a module, which must be installed on every node."""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """Content by path relative to the source's own folder."""
-
-    @classmethod
-    def read(cls, name: str) -> PluginSource:
-        path = Path(name)
-        if not path.is_absolute():
-            return cls(name)
-        found = sorted(path.glob("*.py")) if path.is_dir() else [path]
-        return cls(name, {file.name: file.read_bytes() for file in found})
-
-    @property
-    def digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, content in sorted(self.files.items()):
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
-        return digest.hexdigest()[:24]
-
-    def unpacked(self) -> str:
-        """Where this process can load it from: the same place if the same files are there, else a cache."""
-        if not self.files or self._is_here():
-            return self.name
-        path = Path(self.name)
-        home = cache_folder() / "plugins" / self.digest
-        is_file = path.suffix == ".py"
-        for name, content in self.files.items():
-            _write_once((home if is_file else home / path.name) / name, content)
-        return str(home / path.name)
-
-    def _is_here(self) -> bool:
-        try:
-            return PluginSource.read(self.name).digest == self.digest
-        except OSError:
-            return False
-
-
-@dataclass(frozen=True)
 class Parcel:
     """All that the jobs of a run have in common."""
 
     config: str
     """The resolved space file."""
-    plugins: tuple[PluginSource, ...] = ()
-    disabled: tuple[str, ...] = ()
+    plugins: Mapping[str, Any]
+    """Local ones by content (`Plugins.bundle`)."""
     cached: Mapping[str, bytes] = field(default_factory=dict)
     """Files of the cache that every worker reads (teacher, importance scores), by path below the cache folder."""
 
@@ -75,8 +32,7 @@ class Parcel:
         """
         return cls(
             dump_config(config),
-            tuple(map(PluginSource.read, plugins.sources)),
-            plugins.disabled,
+            plugins.bundle(),
             _cached_files(folders),
         )
 
@@ -84,12 +40,7 @@ class Parcel:
         """The common part of every task (see `worker.measure`); writes what this machine's cache lacks."""
         for name, content in self.cached.items():
             _write_once(cache_folder() / name, content)
-        return {
-            "config": self.config,
-            "plugins": [source.unpacked() for source in self.plugins],
-            "sources": [source.name for source in self.plugins],
-            "disabled": list(self.disabled),
-        }
+        return {"config": self.config, "plugins": self.plugins}
 
 
 def _cached_files(folders: Iterable[Path]) -> dict[str, bytes]:

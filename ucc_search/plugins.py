@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib
-import importlib.metadata
-import importlib.util
 import inspect
 import os
-import re
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pluggy
 
 from ucc_search import builtin, hookspecs
 from ucc_search.errors import PluginError, UserError, did_you_mean
-from ucc_search.hookspecs import HOOKSPEC_VERSION, PROJECT
+from ucc_search.hookspecs import PROJECT
 from ucc_search.interfaces import (
     Aggregator,
     Cascade,
@@ -33,6 +24,18 @@ from ucc_search.interfaces import (
     Observer,
     Sampler,
     Scorer,
+)
+from ucc_search.plugin_checks import check_version, checked_mapping, one_sentence, parameters_of
+from ucc_search.plugin_sources import (
+    NoSuchSourceError,
+    Source,
+    absolute,
+    content_of,
+    digest,
+    expand,
+    held_copy,
+    installed_plugins,
+    version_of,
 )
 
 HOOKS = {
@@ -71,18 +74,7 @@ class PluginRecord:
     sha256: str | None = None
     provides: dict[str, list[str]] = field(default_factory=dict)
     error: str | None = None
-
-
-class _NoSuchSourceError(PluginError):
-    """The user named something that is not there: their mistake, not a broken plugin's."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    name: str
-    origin: str
-    load: Callable[[], Any]
-    version: str | None = None
+    installed: bool = False  # announced by an entry point of a package
 
 
 class Plugins:
@@ -128,57 +120,119 @@ class Plugins:
         """
         inherited = os.environ.get(ENVIRONMENT, "") if environment else ""
         named = [*sources, *filter(None, inherited.split(os.pathsep))]
-        absolute = list(dict.fromkeys(_absolute(s) for s in named))
-        plugins = cls(absolute, disabled)
-        plugins._add(_Source(BUILTIN, "ucc_search", lambda: builtin, _version("ucc-search")))
-        found = list(_entry_points()) if entry_points else []
-        for source in [*found, *(s for text in absolute for s in _expand(text))]:
-            plugins._add(source)
-        plugins._manager.check_pending()
+        plugins = cls(list(dict.fromkeys(absolute(s) for s in named)), disabled)
+        installed = installed_plugins() if entry_points else []
+        plugins._add_all([*installed, *(s for text in plugins.sources for s in expand(text))])
+        for name in plugins.disabled:
+            if name not in (known := [r.name for r in plugins.records]):
+                raise PluginError(
+                    f"there is no plugin {name!r} to disable{did_you_mean(name, known)} "
+                    f"(found: {', '.join(known)})"
+                )
         if strict or os.environ.get(STRICT, "") not in ("", "0"):
             plugins._refuse_trouble()
         return plugins
 
+    def bundle(self) -> dict[str, Any]:
+        """All that another process, on any machine, needs to load the same plugins; plain values, to be pickled.
+
+        Files, folders and modules that no installed package brought travel by content; installed plugins
+        by name and hash.
+
+        Raises:
+            PluginError: a plugin is too large to travel.
+        """
+        local = []
+        for source in self.sources:
+            name, files = content_of(source) or (None, {})
+            local.append({"source": source, "name": name, "files": files})
+        return {
+            "local": local,
+            "installed": [r.name for r in self.records if r.installed],
+            "disabled": list(self.disabled),
+            "sha256": {r.name: r.sha256 for r in self.records if r.status == "ok"},
+        }
+
+    @classmethod
+    def from_bundle(cls, bundle: Mapping[str, Any]) -> Plugins:
+        """The plugins of another process. One that differs from what was bundled is `failed`."""
+        local = bundle["local"]
+        plugins = cls([item["source"] for item in local], bundle["disabled"])
+        found = [s for s in installed_plugins() if s.name in bundle["installed"]]
+        for item in local:
+            held = held_copy(**item) if item["files"] else None
+            found += expand(item["source"], held=held)
+        plugins._add_all(found, bundle["sha256"])
+        return plugins
+
+    def _add_all(self, sources: Iterable[Source], expected: Mapping[str, str] | None = None) -> None:
+        self._add(Source(BUILTIN, PROJECT, lambda: builtin, version_of("ucc-search")), expected)
+        for source in sources:
+            self._add(source, expected)
+        self._manager.check_pending()
+
     def _refuse_trouble(self) -> None:
         for record in self.records:
-            if record.status == "failed":
+            clash = record.status == "shadowed" and any(
+                r.name == record.name and r.status == "ok" for r in self.records
+            )
+            if record.status == "failed" or clash:
                 raise PluginError(_trouble(record))
         for kind, names in self.collisions.items():
             for name, owners in names.items():
                 raise PluginError(self._collision(kind, name, owners))
 
-    def _add(self, source: _Source) -> None:
-        record = PluginRecord(source.name, source.origin, version=source.version)
+    def _add(self, source: Source, expected: Mapping[str, str] | None) -> None:
+        record = PluginRecord(source.name, source.origin, version=source.version, installed=source.installed)
         self.records.append(record)
         if source.name in self.disabled:
             record.status = "disabled"
             return
-        if any(r.name == source.name and r.status == "ok" for r in self.records[:-1]):
+        first = next((r for r in self.records[:-1] if r.name == source.name and r.status == "ok"), None)
+        if first is not None:
             record.status = "shadowed"
-            record.error = f"another plugin is already called {source.name!r}"
+            record.error = (
+                f"another plugin is already called {source.name!r}, that of {_who(first)}; "
+                "rename or uninstall one of the two"
+            )
             return
         try:
             module = source.load()
-            if self._manager.is_registered(module):
+            known = self._already(module)
+            if known is not None:
                 record.status = "shadowed"
-                record.error = f"the same module is already loaded as {self._manager.get_name(module)!r}"
+                record.error = f"the same module is already loaded as {known!r}"
                 return
-            record.sha256 = _digest(module)
+            record.sha256 = digest(module)
             record.version = record.version or getattr(module, "__version__", None)
+            if expected is not None and expected.get(source.name, record.sha256) != record.sha256:
+                raise PluginError(
+                    f"its files (version {record.version or 'unknown'}) are not those of the process that "
+                    "started the run; install the same version on every node"
+                )
             provided = self._register(module, source.name)
-        except (KeyboardInterrupt, _NoSuchSourceError):
+        except (KeyboardInterrupt, NoSuchSourceError):
             raise
         except BaseException as error:  # a plugin may raise anything, even SystemExit
-            record.status, record.error = "failed", _one_sentence(error)
+            record.status, record.error = "failed", one_sentence(error)
             return
         for kind, factories in provided.items():
             record.provides[HOOKS[kind]] = sorted(factories)
             for name, factory in factories.items():
                 self._found[kind].setdefault(name, {})[source.name] = factory
 
+    def _already(self, module: Any) -> str | None:
+        """The name under which the same file was loaded: it may be installed and named as well."""
+        file = getattr(module, "__file__", None)
+        for name, other in self._manager.list_name_plugin():
+            same_file = file and os.path.realpath(file) == os.path.realpath(getattr(other, "__file__", ""))
+            if other is module or same_file:
+                return name
+        return None
+
     def _register(self, module: Any, name: str) -> dict[str, dict[str, Any]]:
         """Ask the module's hooks; nothing stays registered if one of them fails."""
-        _check_version(module)
+        check_version(module)
         self._check_hook_names(module)
         try:
             self._manager.register(module, name)
@@ -186,7 +240,7 @@ class Plugins:
             for kind, hook in HOOKS.items():
                 for implementation in getattr(self._manager.hook, hook).get_hookimpls():
                     if implementation.plugin_name == name:
-                        provided[kind] = _checked_mapping(implementation.function(), hook)
+                        provided[kind] = checked_mapping(implementation.function(), hook)
         except BaseException:
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
@@ -252,9 +306,7 @@ class Plugins:
 
     def _collision(self, kind: str, name: str, owners: Sequence[str]) -> str:
         records = {r.name: r for r in self.records if r.status == "ok"}
-        who = " and ".join(
-            f"{o!r} ({records[o].origin}, version {records[o].version or 'unknown'})" for o in owners
-        )
+        who = " and ".join(f"{o!r} ({_who(records[o])})" for o in owners)
         return (
             f"{kind} {name!r} comes from both {who}; leave one out with --disable-plugin {owners[-1]}, "
             f"or write {owners[0]}/{name}"
@@ -271,7 +323,7 @@ class Plugins:
             self.build(kind, ref)
 
     def _check_parameters(self, kind: str, ref: ComponentRef) -> None:
-        allowed = _parameters(self.get(kind, ref.name))
+        allowed = parameters_of(self.get(kind, ref.name))
         for key in ref.params:
             if allowed is not None and key not in allowed:
                 raise PluginError(
@@ -294,7 +346,7 @@ class Plugins:
         except (ValueError, TypeError, UserError) as error:
             raise PluginError(f"{kind} {ref.name!r}: {error}") from None
         except Exception as error:  # a bug of the plugin; the cause keeps its traceback
-            raise PluginError(f"{kind} {ref.name!r} cannot be built: {_one_sentence(error)}") from error
+            raise PluginError(f"{kind} {ref.name!r} cannot be built: {one_sentence(error)}") from error
         if not isinstance(component, BASES[kind]):
             raise PluginError(
                 f"{kind} {ref.name!r} builds a {type(component).__name__}, which does not derive from "
@@ -310,7 +362,7 @@ class Plugins:
     def describe(self, kind: str, name: str) -> dict[str, Any]:
         """Summary, parameters with defaults (and which have none), search ranges and owner."""
         owner, factory = self._owned(kind, name)
-        parameters = _parameters(factory) or {}
+        parameters = parameters_of(factory) or {}
         required = [k for k, default in parameters.items() if default is inspect.Parameter.empty]
         return {
             "kind": kind,
@@ -330,145 +382,8 @@ class Plugins:
         return {"component": bare, "plugin": owner, "version": record.version, "sha256": record.sha256}
 
 
-def _absolute(source: str) -> str:
-    """Paths become absolute; names of modules stay."""
-    path = Path(source).expanduser()
-    if path.suffix != ".py" and os.sep not in source and _is_module(source):
-        return source
-    if not source.strip() or not path.exists():
-        raise PluginError(
-            f"plugin {source!r}: no such .py file or folder, and no module of this name can be imported"
-        )
-    if path.is_dir() and not _files(path):
-        raise PluginError(f"plugin {source!r}: the folder holds no .py file whose name starts without '_'")
-    if path.is_file() and path.suffix != ".py":
-        raise PluginError(f"plugin {source!r}: expected a .py file, a folder or the name of a module")
-    return str(path.resolve())
-
-
-def _is_module(source: str) -> bool:
-    """Whether a module may be meant; decided without importing anything, as it may be disabled."""
-    try:
-        spec = importlib.util.find_spec(source.partition(".")[0])
-    except (ImportError, ValueError):
-        return False
-    # Any folder on the path, even the current one's, passes for a namespace package without origin.
-    return spec is not None and (spec.origin is not None or "." in source)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.py") if not p.name.startswith("_"))
-
-
-def _expand(source: str) -> Iterator[_Source]:
-    path = Path(source)
-    if not path.is_absolute():
-        yield _Source(source, f"module {source}", lambda: _import_module(source))
-        return
-    for file in _files(path) if path.is_dir() else [path]:
-        yield _Source(file.stem, str(file), functools.partial(_import_file, file))
-
-
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and f"{name}.".startswith(f"{error.name}."):
-            raise _NoSuchSourceError(f"plugin {name!r}: there is no module {error.name!r}") from None
-        raise
-
-
-def _import_file(path: Path) -> ModuleType:
-    # A name of its own, so that files of the same stem do not replace one another in sys.modules.
-    name = f"ucc_search_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None  # the name ends in .py
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _entry_points() -> Iterator[_Source]:
-    for point in importlib.metadata.entry_points(group=PROJECT):
-        package = point.dist.name if point.dist else point.value
-        version = point.dist.version if point.dist else None
-        yield _Source(point.name, f"package {package}", point.load, version)
-
-
-def _check_version(module: Any) -> None:
-    wanted = getattr(module, "ucc_search_api", None)
-    if wanted is None:
-        return
-    from packaging.specifiers import SpecifierSet
-
-    if str(HOOKSPEC_VERSION) not in SpecifierSet(str(wanted)):
-        raise PluginError(
-            f"it needs hook version {wanted}, this ucc-search has {HOOKSPEC_VERSION}; "
-            "upgrade the older of the two"
-        )
-
-
-def _checked_mapping(offered: Any, hook: str) -> dict[str, Any]:
-    if not isinstance(offered, Mapping):
-        kind = type(offered).__name__
-        raise PluginError(f"{hook} returned {kind}, expected a mapping of names to factories")
-    for name, factory in offered.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w.-]*", name) or not callable(factory):
-            raise PluginError(
-                f"{hook} offers {name!r}: {factory!r}, expected a plain name and a class or function"
-            )
-    return dict(offered)
-
-
-def _parameters(factory: Callable[..., Any]) -> dict[str, Any] | None:
-    """Parameter names and defaults, `inspect.Parameter.empty` if required; None where any are taken."""
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
-
-def _digest(module: Any) -> str | None:
-    """SHA-256 of the source: of the file, or of every .py file of the package it belongs to."""
-    file = getattr(module, "__file__", None)
-    if not file:
-        return None
-    path = Path(file)
-    if path.name != "__init__.py":
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    digest = hashlib.sha256()
-    for source in sorted(path.parent.rglob("*.py")):
-        digest.update(source.relative_to(path.parent).as_posix().encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _one_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError) and text:
-        return text
-    if isinstance(error, SyntaxError):
-        return f"syntax error at line {error.lineno}: {error.msg}"
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        if error.name.partition(".")[0] == PROJECT:
-            return f"it needs {error.name!r}, which this version of ucc-search does not have"
-        return f"it needs the module {error.name!r}, which is not installed; install it with pip"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _who(record: PluginRecord) -> str:
+    return f"{record.origin}, version {record.version or 'unknown'}"
 
 
 def _trouble(record: PluginRecord) -> str:

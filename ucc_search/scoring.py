@@ -26,7 +26,7 @@ def this_bench(config: RunConfig, plugins: Plugins, log: Log = lambda text: None
     """This process's bench: data and teacher, for what must be measured before a plan can be made."""
     from ucc_search.workbench import warm_bench
 
-    return warm_bench(dump_config(config), plugins.sources, plugins.disabled, log)
+    return warm_bench(dump_config(config), plugins.bundle(), log)
 
 
 def score_units(config: RunConfig, plugins: Plugins, *, log: Log = lambda text: None) -> dict[str, Any]:

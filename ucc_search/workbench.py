@@ -269,16 +269,12 @@ _benches: dict[str, Workbench] = {}
 
 
 def warm_bench(
-    resolved: str,
-    sources: Sequence[str],
-    disabled: Sequence[str],
-    log: Callable[[str], None] = lambda text: None,
+    resolved: str, bundle: Mapping[str, Any], log: Callable[[str], None] = lambda text: None
 ) -> Workbench:
-    """This process's bench for a resolved configuration; a worker keeps only the newest."""
-    key = repr((resolved, tuple(sources), tuple(disabled)))
+    """This process's bench for a resolved configuration and `Plugins.bundle`; a worker keeps only the newest."""
+    key = repr((resolved, bundle))
     if key not in _benches:
         _benches.clear()
         config = parse_config(yaml.safe_load(resolved))
-        loaded = Plugins.load(sources, disabled=disabled, environment=False)
-        _benches[key] = Workbench(config, loaded, log=log)
+        _benches[key] = Workbench(config, Plugins.from_bundle(bundle), log=log)
     return _benches[key]

@@ -27,8 +27,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     """Carry out one job; never raises, a failure is an outcome with its class.
 
     Args:
-        task: `config` (resolved YAML), `plugins` (sources), `sources` (how the user named them), `disabled`,
-            `threads` and `job` (`campaign.Job.to_dict`).
+        task: `config` (resolved YAML), `plugins` (`Plugins.bundle`), `threads` and `job` (`campaign.Job.to_dict`).
 
     Returns:
         state, failure, error, kl, accuracy, test_accuracy, loss, metrics, continued, seconds, compute_seconds,
@@ -37,7 +36,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         torch.set_num_threads(task["threads"])
-        bench = warm_bench(task["config"], task["plugins"], task["disabled"])
+        bench = warm_bench(task["config"], task["plugins"])
         with tempfile.TemporaryDirectory(prefix="ucc-search-") as folder:
             outcome = _outcome(_measure(bench, {**task, "out": folder}))
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
@@ -79,7 +78,7 @@ def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> 
     plan, refs, parts = _decode(bench, job)
     identities = {kind: bench.plugins.identity(kind, ref.name) for kind, ref in refs.items()}
     normalisation = {"mean": bench.splits.mean, "std": bench.splits.std}
-    arch = arch_of(bench.config.model, refs, identities, task["sources"], normalisation)
+    arch = arch_of(bench.config.model, refs, identities, bench.plugins.sources, normalisation)
     return bench.train(
         plan,
         parts,
@@ -116,7 +115,7 @@ def _train_together(task: Mapping[str, Any], world: int) -> Measurement:
 def _rank_main(rank: int, world: int, rendezvous: str, task: dict[str, Any], result: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(task["threads"])
-    bench = warm_bench(task["config"], task["plugins"], task["disabled"])
+    bench = warm_bench(task["config"], task["plugins"])
     measured = _train(bench, task, Worker(rank, world, rendezvous))
     if rank == 0:
         torch.save(measured.__dict__, result)
