@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import ray
 
 from ucc_search.config import RunConfig
 from ucc_search.errors import ClusterError
+from ucc_search.shapes import cache_folder
 
 Resources = Mapping[str, float]
 """What a node has in all: `CPU`, `GPU` and others."""
@@ -68,13 +68,13 @@ def connected(address: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _elsewhere() -> Iterator[None]:
     """In an empty folder: Ray puts the current one first on its workers' path, and files there would be imported."""
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory(prefix="ucc-search-") as folder:
-        os.chdir(folder)
-        try:
-            yield
-        finally:
-            os.chdir(before)
+    before, empty = os.getcwd(), cache_folder() / "empty"
+    empty.mkdir(parents=True, exist_ok=True)  # for good: it is the current folder of Ray's own processes
+    os.chdir(empty)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _refuse_silent(address: str) -> None:

@@ -86,9 +86,29 @@ class Component:
     """Search ranges of constructor parameters, as a space file writes them: {"low": .., "high": ..}."""
 
 
-class Scorer(Component):
-    """Scores patch tokens; tokens with higher scores are kept."""
+class SiteScores(NamedTuple):
+    """What a learned scorer gave at one site in one training step."""
 
+    site: Site
+    scores_BN: Tensor  # with gradient
+    keep: int  # tokens kept of the N in this step; `site.tokens_out`, or more while keep ratios anneal
+
+
+class Scorer(Component):
+    """Scores patch tokens; tokens with higher scores are kept.
+
+    A learned scorer sets `learned`, and its `build` returns an `nn.Module` whose parameters are trained
+    with the model. Choosing the highest scores has no gradient, so while training every patch token x is
+    multiplied by 1 + s - stop_gradient(s), s its score: a factor of exactly 1, through which the task and
+    distillation losses reach s (dL/ds = <x, dL/dx>, also of a token that is merged into another). Give
+    scores of the order of 1, such as the probability to be kept. In its `forward` the module may look at
+    `self.training` to add noise (Gumbel noise explores, as in DynamicViT), and `losses` adds terms such as
+    a keep-ratio loss. In eval mode nothing of this happens. An untrained predictor prunes at random:
+    search with `fidelity: train`, since zero-shot trials say nothing about it.
+    """
+
+    learned: ClassVar[bool] = False
+    """True: scores receive a gradient in training, and `losses` is asked."""
     needs_attention: ClassVar[bool] = False
     """True: the block forms its whole attention map and hands it over (not fused, in that block)."""
     needs_class_token: ClassVar[bool] = False
@@ -104,6 +124,15 @@ class Scorer(Component):
     def build(self, site: Site) -> Callable[[TokenView], Tensor] | nn.Module:
         """What computes the scores at `site`; an `nn.Module` if it has parameters."""
         return self.score
+
+    def losses(self, scores: Sequence[SiteScores]) -> Mapping[str, Tensor]:
+        """Named, weighted scalars that are added to the loss of a training step; asked if `learned`.
+
+        Args:
+            scores: of every site, from the first block to the last. A keep-ratio loss in the spirit of
+                DynamicViT is the mean over sites of (scores_BN.mean(1) - keep / N)^2.
+        """
+        return {}
 
     def score(self, view: TokenView) -> Tensor:
         """scores_BN, finite, larger is kept; called inside the model's forward."""

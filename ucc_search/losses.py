@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import AbsTransform, AffineTransform, Distribution, TransformedDistribution
 
-from ucc_search.compression.blocks import CascadeBlocks
+from ucc_search.compression.blocks import CascadeBlocks, learned_blocks, noted_scores
 from ucc_search.compression.tokens import TokenState
 from ucc_search.config import AugmentConfig
 from ucc_search.interfaces import DistillContext, Distiller, Features, Outputs
@@ -65,11 +65,16 @@ class CandidateLoss(TaskLoss):
         # In a list, so that it is neither trained, saved nor sharded with the student.
         self._teacher = [teacher.eval().requires_grad_(False)] if teacher is not None else []
         self.distiller = distiller.build(context)
+        self._learned = learned_blocks(model)  # a tuple, so that they are not registered twice
 
     def forward(self, images_BCHW: Tensor, labels_B: Tensor, progress: float) -> dict[str, Tensor]:
         images_BCHW, targets = self._mixed(images_BCHW, labels_B)
-        student = self._observe(self.model, images_BCHW, self._student_blocks, self._present)
-        terms = self.distiller(student, self._teach(images_BCHW), progress)
+        with noted_scores(self._learned) as scores:
+            student = self._observe(self.model, images_BCHW, self._student_blocks, self._present)
+        terms = dict(self.distiller(student, self._teach(images_BCHW), progress))
+        if self._learned:
+            extra = self._learned[0].components.scorer.losses(scores)
+            terms |= {f"scorer.{name}": value for name, value in extra.items()}
         return {"task": self._task(student.logits_BC, targets), **terms}
 
     def _teach(self, images_BCHW: Tensor) -> Outputs | None:

@@ -132,8 +132,7 @@ def _import_file(path: Path) -> ModuleType:
 
 def installed_plugins() -> list[Source]:
     """Installed plugins, by package and name. Not those of the current folder, which Python may have on its path."""
-    here = os.path.realpath(os.curdir)
-    path = [p for p in sys.path if p and os.path.realpath(p) != here]
+    path = [p for p in sys.path if p and not _is_current(p)]
     found: dict[tuple[str, str], Source] = {}
     for distribution in importlib.metadata.distributions(path=path):
         for point in distribution.entry_points.select(group=PROJECT):
@@ -143,6 +142,13 @@ def installed_plugins() -> list[Source]:
             source = Source(point.name, origin, point.load, version, installed=True)
             found.setdefault((package, point.name), source)
     return [found[key] for key in sorted(found)]
+
+
+def _is_current(folder: str) -> bool:
+    try:
+        return os.path.samefile(folder, os.curdir)
+    except OSError:  # one of the two is gone
+        return False
 
 
 def digest(module: Any) -> str | None:

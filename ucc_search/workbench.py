@@ -123,9 +123,15 @@ class Workbench:
         components: Components,
         importance: ComponentRef,
         *,
+        seed: int = 0,
         scratch: bool = False,
     ) -> Measurement:
-        """KL to the teacher and accuracy on the calibration images, without any training."""
+        """KL to the teacher and accuracy on the calibration images, without any training.
+
+        Args:
+            seed: of whatever starts at random: learned scorers, and all weights from scratch.
+        """
+        torch.manual_seed(seed)
         model = self.compressed(plan, components, importance, scratch=scratch).eval()
         start = time.perf_counter()
         kl, right = self._on_calibration(model)

@@ -50,7 +50,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
 def prepare(task: Mapping[str, Any]) -> None:
     """Load what jobs like this one need; what goes wrong is left for `measure` to tell."""
     with contextlib.suppress(Exception, SystemExit):
-        warm_bench(task["config"], task["plugins"], task["disabled"])
+        warm_bench(task["config"], task["plugins"])
 
 
 def _measure(bench: Workbench, task: Mapping[str, Any]) -> Measurement:
@@ -59,7 +59,7 @@ def _measure(bench: Workbench, task: Mapping[str, Any]) -> Measurement:
         return bench.dense(job["rung"])
     if job["rung"] == "zero-shot":
         plan, refs, parts = _decode(bench, job)
-        return bench.zero_shot(plan, parts, refs["importance"], scratch=job["scratch"])
+        return bench.zero_shot(plan, parts, refs["importance"], seed=job["seed"], scratch=job["scratch"])
     if bench.config.train.workers > 1:
         return _train_together(task, bench.config.train.workers)
     return _train(bench, task, None)

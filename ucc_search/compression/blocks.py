@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ucc_search.compression.attention import Attended, CompressedAttention
 from ucc_search.compression.tokens import TokenState, gather_rows, initial_state, reduce_tokens
 from ucc_search.errors import ModelError, PlanError
-from ucc_search.interfaces import Components, Site, TokenView
+from ucc_search.interfaces import Components, Site, SiteScores, TokenView
 from ucc_search.plan import BlockPlan
 
 _BLOCKS_TOGETHER = (
@@ -70,6 +70,9 @@ class CompressedBlock(nn.Module):
         self.scorer = components.scorer.build(site) if scores and site else None
         self.check = False
         """Refuse scores that are not finite, which would keep arbitrary tokens without a word."""
+        self.site = site
+        self.scored: list[SiteScores] | None = None
+        """Where the scores of a training step are noted, while somebody asks for them."""
 
     def forward(
         self, x_BTD: Tensor, state: TokenState | None = None
@@ -109,6 +112,8 @@ class CompressedBlock(nn.Module):
             if self.check and not bool(score_BN.isfinite().all()):
                 scorer = type(self.components.scorer).__name__
                 raise FloatingPointError(f"the scorer {scorer} gave scores that are not finite")
+            if self.training and self.components.scorer.learned:
+                x_BTD = self._learn(x_BTD, score_BN)
             state = state._replace(score_BN=cascade.accumulate(state.score_BN, score_BN))
         # Bipartite merging halves at most, so a deep cut takes several rounds; their number is static.
         while x_BTD.shape[1] - self.prefix > self.tokens_out:
@@ -126,6 +131,14 @@ class CompressedBlock(nn.Module):
                 keys = self._kept_keys(keys, assignment.keep_BR)
                 view = self._view(x_BTD, attended, keys, state)
         return x_BTD, state
+
+    def _learn(self, x_BTD: Tensor, score_BN: Tensor) -> Tensor:
+        """The same tokens, through which the loss reaches their scores (straight-through)."""
+        if self.scored is not None:
+            assert self.site is not None and self.tokens_out is not None
+            self.scored.append(SiteScores(self.site, score_BN, self.tokens_out))
+        one_BN1 = (1.0 + (score_BN - score_BN.detach()))[..., None].to(x_BTD.dtype)
+        return torch.cat([x_BTD[:, : self.prefix], x_BTD[:, self.prefix :] * one_BN1], dim=1)
 
     def _scores(self, score_BN: Tensor, view: TokenView) -> Tensor:
         """The shape is known from integers, so this check costs nothing and survives an export."""
@@ -208,6 +221,25 @@ def checked_scores(model: nn.Module) -> Iterator[None]:
     finally:
         for block in blocks:
             block.check = False
+
+
+def learned_blocks(model: nn.Module) -> tuple[CompressedBlock, ...]:
+    """Those whose scorer learns."""
+    blocks = (b for b in model.modules() if isinstance(b, CompressedBlock))
+    return tuple(b for b in blocks if b.scorer is not None and b.components.scorer.learned)
+
+
+@contextlib.contextmanager
+def noted_scores(blocks: Sequence[CompressedBlock]) -> Iterator[list[SiteScores]]:
+    """The scores of these blocks, with their gradient, in the training steps made while the context is open."""
+    found: list[SiteScores] = []
+    for block in blocks:
+        block.scored = found
+    try:
+        yield found
+    finally:
+        for block in blocks:
+            block.scored = None
 
 
 def set_tokens(model: nn.Module, tokens: Sequence[int]) -> None:
