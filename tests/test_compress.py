@@ -185,9 +185,14 @@ def fft_flops(values_shape, dims, *args, out_shape=None, **options):
     return sum(5 * count * math.log2(values_shape[dim]) for dim in dims)
 
 
+def real_inverse_flops(values_shape, dims, *args, out_shape=None, **options):
+    """Two real inverse FFTs are the work of a complex one."""
+    return fft_flops(out_shape, dims) / 2
+
+
 def counted_macs(model):
     """MACs of one image, as torch counts them on the meta device."""
-    fft = {torch.ops.aten._fft_r2c: fft_flops, torch.ops.aten._fft_c2c: fft_flops}
+    fft = {torch.ops.aten._fft_r2c: fft_flops, torch.ops.aten._fft_c2r: real_inverse_flops}
     # With gradients, as attention pooling breaks the counter without.
     with FlopCounterMode(display=False, custom_mapping=fft) as counter:
         model(images(model, 1, device="meta"))

@@ -11,8 +11,9 @@ from families import FAMILIES, family
 from torch.utils.flop_counter import FlopCounterMode
 
 from ucc_search.builtin import default_components
-from ucc_search.compression import compress, shape_of
+from ucc_search.compression import ProxyInputs, compress, shape_of
 from ucc_search.compression.factorize import factor_product, low_rank_linear
+from ucc_search.compression.whitening import _Sums
 from ucc_search.config import WidthsConfig
 from ucc_search.costs import cost, saved_macs
 from ucc_search.errors import PlanError
@@ -30,7 +31,13 @@ def images(shape, batch=2):
 def full_rank(shape):
     dims = [shape.embed_dims[s] for s in shape.stage_of]
     ranks = [min(b.mlp_hidden, d) for b, d in zip(shape.blocks, dims, strict=True)]
-    return CompressionPlan.identity(shape).replace(low_rank_attention=True, mlp_rank=ranks)
+    return CompressionPlan.identity(shape).replace(
+        low_rank_attention=True, mlp_rank=ranks, head_rank=whole_head(shape)
+    )
+
+
+def whole_head(shape):
+    return min(shape.embed_dim, shape.classes) if shape.classifiers else None
 
 
 def halved(shape):
@@ -40,6 +47,7 @@ def halved(shape):
         qk_dim=[max(1, b.qk_dim // 2) for b in shape.blocks],
         v_dim=[max(1, b.v_dim // 3) for b in shape.blocks],
         mlp_rank=[max(1, d // 3) for d in dims],
+        head_rank=2 if shape.classifiers else None,
     )
 
 
@@ -67,6 +75,9 @@ def test_full_rank_is_the_dense_model(dense):
     shape = shape_here(dense)
     x = images(shape)
     torch.testing.assert_close(compress(dense, full_rank(shape))(x), dense(x), rtol=0, atol=1e-8)
+    # What the layers read decides which directions come first, and nothing once all of them are there.
+    whitened = compress(dense, full_rank(shape), inputs=ProxyInputs([images(shape, 3)]))
+    torch.testing.assert_close(whitened(x), dense(x), rtol=0, atol=1e-6)
 
 
 def test_costs_of_low_ranks_are_exact(dense):
@@ -134,9 +145,77 @@ def test_a_thin_pair_is_the_truncated_matrix():
         low_rank_linear(layer, 7)
 
 
+def correlated(rows, width):
+    """Inputs far from white: few directions carry most, and the mean is not zero."""
+    generator = torch.Generator().manual_seed(3)
+    scales = torch.logspace(0, -2, width, dtype=torch.float64)
+    mixing = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    x = torch.randn(rows, width, generator=generator, dtype=torch.float64) * scales
+    return x @ mixing + 3.0
+
+
+def moments_of(x_BTI):
+    layer = torch.nn.Identity()
+    sums = _Sums()
+    sums.add(layer, (x_BTI,))
+    return sums.moments()
+
+
+def test_a_whitened_pair_gives_the_best_outputs_of_its_rank():
+    x = correlated(500, 20)
+    layer = torch.nn.Linear(20, 12).double()
+    inputs = moments_of(x[None])
+    error = {
+        name: float((low_rank_linear(layer, 4, known)(x) - layer(x)).detach().square().sum())
+        for name, known in (("plain", None), ("whitened", inputs))
+    }
+    # No map of this rank with a bias does better: that of the outputs' own directions is the optimum.
+    outputs = layer(x) - layer(x).mean(dim=0)
+    best = float(torch.linalg.svdvals(outputs)[4:].square().sum())
+    assert best * (1 - 1e-9) <= error["whitened"] <= 1.05 * best < 0.5 * error["plain"]
+
+
+def test_a_whitened_product_is_the_best_for_what_meets_it():
+    torch.manual_seed(0)
+    q, k = torch.randn(20, 8).double(), torch.randn(20, 8).double()
+    x, y = correlated(400, 20), correlated(300, 20) - 3.0
+    seen_x, seen_y = x.t() @ x / len(x), y.t() @ y / len(y)
+
+    def error(u, w):
+        return float((x @ (q @ k.t() - u @ w.t()) @ y.t()).square().sum())
+
+    best = float(torch.linalg.svdvals(x @ q @ k.t() @ y.t())[3:].square().sum())
+    whitened = error(*factor_product(q, k, 3, seen_x, seen_y))
+    assert best * (1 - 1e-9) <= whitened <= 1.05 * best < 0.5 * error(*factor_product(q, k, 3))
+
+
+def test_keys_are_seen_about_the_mean_of_their_image():
+    """What all keys of an image share shifts the logits of a query alike, and softmax drops it."""
+    x = correlated(60, 10).unflatten(0, (3, 20))
+    shifted = x + torch.randn(3, 1, 10).double() * 5
+    torch.testing.assert_close(moments_of(shifted).within_II, moments_of(x).within_II)
+    assert not torch.allclose(moments_of(shifted).covariance_II, moments_of(x).covariance_II)
+
+
+def test_whitening_measures_what_is_left_after_widths():
+    model = family("vit")
+    plan = CompressionPlan.identity(shape_of(model)).replace(
+        embed_dim=16, mlp_hidden=40, low_rank_attention=True, qk_dim=4, v_dim=4, mlp_rank=6
+    )
+    inputs = ProxyInputs([images(plan.shape, 4)])
+    found = compress(model, plan, inputs=inputs)(images(plan.shape))
+    assert found.isfinite().all()
+    assert not torch.allclose(found, compress(model, plan)(images(plan.shape)))
+    # The dense model's moments are kept, and are of another width: they must not be taken for these.
+    wide = plan.replace(embed_dim=24, mlp_hidden=plan.shape.blocks[0].mlp_hidden)
+    compress(model, wide, inputs=inputs)
+    torch.testing.assert_close(compress(model, plan, inputs=inputs)(images(plan.shape)), found)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"head_rank": 6}, "head_rank is 6, expected 1 to 5"),
         ({"mlp_rank": 25}, "mlp_rank is 25, expected 1 to 24"),
         ({"low_rank_attention": True, "heads": 1, "qk_dim": 9}, "qk_dim is 9, expected a rank of 1 to 8"),
     ],
@@ -153,9 +232,33 @@ def test_norms_inside_a_product_are_refused():
         plan.replace(low_rank_attention=True, v_dim=4)
 
 
+KINDS = ("qk_rank", "v_rank", "mlp_rank", "head_rank")
+
+
+def test_the_rank_of_a_classifier_follows_the_budget():
+    """At break-even the dense layer stands: two thin ones would cost as much."""
+    shape = shape_of(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=64))
+    widths = Widths(WidthsConfig.model_validate({"head_rank": {"low": 0.25}}), shape)
+    dense = CompressionPlan.identity(shape)
+    assert widths.names("head_rank") == ["head_rank"]
+    lowest = widths.at(dense, None, 1.0)
+    assert lowest.head_rank == 16 and cost(lowest).params < cost(dense).params - 0.2 * 192 * 64
+    ranks, plan = [], lowest
+    while True:
+        found = list(widths.grown(plan))
+        if not found:
+            break
+        (plan,) = found
+        ranks.append(plan.head_rank)
+    assert ranks == [16 + 8 * (i + 1) for i in range(len(ranks) - 1)] + [None] and len(ranks) > 2
+    assert plan == dense
+    assert saved_macs(lowest, default_components())["ranks"] == cost(dense).macs - cost(lowest).macs
+    assert CompressionPlan.from_json(lowest.to_json()) == lowest and lowest.key != dense.key
+
+
 def test_ranks_follow_the_budget_like_widths():
     shape = shape_of(timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5))
-    config = WidthsConfig.model_validate({k: {"low": 0.25} for k in ("qk_rank", "v_rank", "mlp_rank")})
+    config = WidthsConfig.model_validate({k: {"low": 0.25} for k in KINDS})
     widths, dense = Widths(config, shape), CompressionPlan.identity(shape)
     assert widths.at(dense, None, 0.0) == dense
     prices = [cost(widths.at(dense, None, s / 20)).macs for s in range(21)]

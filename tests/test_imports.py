@@ -48,8 +48,9 @@ ALLOWED = {
     "spread": {"analysis", "store"},
     "influence": {"analysis", "store"},
     "comparison": {"analysis", "errors", "runs", "spread", "store"},
-    "compression": {"builtin", "errors", "interfaces", "plan"},
-    "builtin": {"errors", "hookspecs", "interfaces", "plan", "strength"},
+    "batches": set(),
+    "compression": {"batches", "builtin", "errors", "interfaces", "plan"},
+    "builtin": {"batches", "errors", "hookspecs", "interfaces", "plan", "strength"},
 }
 """All that these modules may import of ours, wherever in the file; others are not restricted."""
 

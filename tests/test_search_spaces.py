@@ -21,6 +21,8 @@ from ucc_search.space import SearchSpace
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
+PEERS = [str(p) for p in sorted((ROOT / "plugins").glob("*/ucc_plugin_*.py"))]
+"""The shipped packages, which some files take their baselines from."""
 DATA = {"digits": (10, 1), "fashion-mnist": (10, 1), "folder": (1000, 3)}
 """Classes and channels: neither images nor weights are needed to know what a run would cost."""
 
@@ -65,7 +67,7 @@ def test_resolving_it_again_changes_nothing(config, tmp_path):
 
 
 def test_plan_accepts_it(config):
-    found = preview(config, Plugins.load(entry_points=False))
+    found = preview(config, Plugins.load(PEERS, entry_points=False))
     assert found["dense"]["macs"] > found["budgets"][0]["max_macs"]
     assert found["trials"]["train"] >= len(config.baselines)
     assert config.name in preview_text(found)
@@ -73,7 +75,7 @@ def test_plan_accepts_it(config):
 
 def test_every_method_meets_every_budget_and_uses_it(config):
     """A baseline that wastes its budget would lose for the wrong reason."""
-    plugins, shape = Plugins.load(entry_points=False), model_shape(config)
+    plugins, shape = Plugins.load(PEERS, entry_points=False), model_shape(config)
     scheduler = Scheduler(config, shape, plugins)
     methods = {b.name: candidate_of(b) for b in config.baselines}
     corners = SearchSpace.of(config.space, shape, plugins).corners() if config.search.trials else []

@@ -19,18 +19,21 @@ def token_view(
     q, k, v = torch.randn(3, batch, HEADS, prefix + count, QK_DIM, generator=generator)
     scale = QK_DIM**-0.5
     front = torch.randn(batch, prefix, dim, generator=generator)
+    attn = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)
     return TokenView(
         x_BTD=torch.cat([front, patches_BND], dim=1),
         q_BHTK=q,
         k_BHTK=k,
         v_BHTK=v,
-        attn_BHTT=(q @ k.transpose(-2, -1) * scale).softmax(dim=-1),
+        attn_BHTT=attn,
         scale=scale,
         prefix=prefix,
         class_token=class_token,
         position_BN=torch.arange(count).expand(batch, count),
         size_BN=torch.ones(batch, count),
         grid=grid or (1, count),
+        received_BHT=attn.mean(dim=2),
+        class_row_BHT=attn[:, :, 0],
     )
 
 

@@ -52,6 +52,7 @@ class Job:
     save: Path | None = None  # where to leave what is needed to go on
     parent: int | None = None
     scratch: bool = False  # start from random weights
+    factorize: str = "plain"  # how ranks are lowered, see `config.Factorization`
     proposal: int | None = None
     known: int | None = None
 
@@ -63,6 +64,7 @@ class Job:
             "origin": self.origin,
             "seed": self.seed,
             "scratch": self.scratch,
+            "factorize": self.factorize,
             "steps": self.steps,
             "resume": None if self.resume is None else str(self.resume),
             "save": None if self.save is None else str(self.save),
@@ -160,6 +162,7 @@ class Campaign:
                         {},
                         steps=level.steps,
                         scratch=baseline.weights == "random",
+                        factorize=baseline.factorize,
                     )
                     yield job
 
@@ -225,7 +228,8 @@ class Campaign:
             save = self._state(job.id)
             with self.store.writing():
                 save.parent.mkdir(exist_ok=True)
-        return replace(job, steps=level.steps, stops=level.stops, save=save)
+        how = self.config.space.factorize
+        return replace(job, steps=level.steps, stops=level.stops, save=save, factorize=how)
 
     def _state(self, trial: int) -> Path:
         return (self.store.path / STATES / str(trial)).resolve()

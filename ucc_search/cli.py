@@ -117,6 +117,28 @@ def _echo(line: str) -> None:
     typer.echo(line)
 
 
+def _run(config: Any, plugins: Any, out: Path | None, resume: bool) -> None:
+    """A whole run, its table on the terminal and in the run folder, and the exit code."""
+    from rich.console import Console
+
+    from ucc_search.runner import Interrupted, exit_code
+    from ucc_search.runner import search as run_search
+    from ucc_search.tables import print_analysis
+
+    try:
+        run = run_search(config, out=out, resume=resume, plugins=plugins, log=_echo)
+    except Interrupted as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(3) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted before the first trial; nothing was written, run it again", err=True)
+        raise typer.Exit(3) from None
+    print_analysis(run, Console())
+    with open(run.path / "analysis.txt", "w", encoding="utf-8") as file:
+        print_analysis(run, Console(file=file, width=160))
+    raise typer.Exit(exit_code(run))
+
+
 @app.command()
 def search(
     space: Space,
@@ -139,24 +161,37 @@ def search(
     where = [f"search.ray_address={json.dumps(ray_address)}"] if ray_address is not None else []
     config = _config(space, [*(sets or ()), *where], budgets=budget, trials=trials, seed=seed)
     plugins = _plugins(config, plugin, disable_plugin, no_plugins, strict_plugins)
-    from rich.console import Console
+    _run(config, plugins, out, resume)
 
-    from ucc_search.runner import Interrupted, exit_code
-    from ucc_search.runner import search as run_search
-    from ucc_search.tables import print_analysis
 
-    try:
-        run = run_search(config, out=out, resume=resume, plugins=plugins, log=_echo)
-    except Interrupted as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(3) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted before the first trial; nothing was written, run it again", err=True)
-        raise typer.Exit(3) from None
-    print_analysis(run, Console())
-    with open(run.path / "analysis.txt", "w", encoding="utf-8") as file:
-        print_analysis(run, Console(file=file, width=160))
-    raise typer.Exit(exit_code(run))
+@app.command()
+def compare(
+    space: Space,
+    scorer: Annotated[
+        str | None, typer.Option(help="Your scorer: a name, or {name: x, parameter: 1}.")
+    ] = None,
+    aggregator: Annotated[str | None, typer.Option(help="Your aggregator.")] = None,
+    cascade: Annotated[str | None, typer.Option(help="Your cascade.")] = None,
+    distiller: Annotated[str | None, typer.Option(help="Your distiller.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; results/NAME-YOURS by default.")] = None,
+    budget: Budgets = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")] = False,
+    plugin: PluginOption = None,
+    disable_plugin: Disable = None,
+    no_plugins: NoPlugins = False,
+    strict_plugins: Strict = False,
+    sets: Sets = None,
+) -> None:
+    """Your components beside the space file's baselines: equal budgets, equal training, no search.
+
+    Kinds you leave out are those of the file's `space:` section.
+    """
+    from ucc_search.contender import with_contender
+
+    named = {"scorer": scorer, "aggregator": aggregator, "cascade": cascade, "distiller": distiller}
+    chosen = {kind: text for kind, text in named.items() if text is not None}
+    config = with_contender(_config(space, sets, budgets=budget), chosen)
+    _run(config, _plugins(config, plugin, disable_plugin, no_plugins, strict_plugins), out, resume)
 
 
 @app.command()

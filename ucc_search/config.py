@@ -127,6 +127,8 @@ class WidthsConfig(_Frozen):
     """Rank of each head's value-output product."""
     mlp_rank: Width = 1.0
     """Rank of the MLP's matrices, as a fraction of the rank at which two thin ones cost as much as one."""
+    head_rank: Width = 1.0
+    """Rank of the classifier's matrix, as a fraction of the same."""
 
     @model_validator(mode="after")
     def _one_way(self) -> WidthsConfig:
@@ -191,6 +193,11 @@ class ComponentChoices(_Frozen):
     """Which units narrower models keep."""
 
 
+Factorization = Literal["plain", "whitened"]
+"""How ranks are lowered: `plain` approximates the matrices and products themselves (COMCAT), `whitened` what
+they give on the proxy training images (each layer's inputs are whitened by their second moments)."""
+
+
 class SpaceConfig(ComponentChoices):
     """What the search may change."""
 
@@ -200,6 +207,7 @@ class SpaceConfig(ComponentChoices):
     widths: WidthsConfig = WidthsConfig()
     fewer_heads: Literal["fuse", "remove"] = "fuse"
     """New heads take the best channels of several old ones (UP-ViT), or the least important heads leave."""
+    factorize: Factorization = "plain"
 
 
 class Baseline(ComponentChoices):
@@ -215,6 +223,7 @@ class Baseline(ComponentChoices):
     """Ranges follow the budget together: all at the same share of their way to `low`."""
     weights: Literal["teacher", "random"] = "teacher"
     """What training starts from; `random` is the same architecture from scratch."""
+    factorize: Factorization = "plain"
 
     @model_validator(mode="after")
     def _fixed(self) -> Baseline:

@@ -59,7 +59,7 @@ def cost(plan: CompressionPlan, components: Components | None = None) -> Cost:
     parts = components or default_components()
     shape = plan.shape
     stem_macs, stem_params = stem_cost(plan)
-    head_macs, head_params = shape.head.at(plan.embed_dim)
+    head_macs, head_params = head_cost(plan)
     head_macs += shape.pool_macs_per_token * plan.tokens[-1]
     attention = mlp = params = scorer = aggregator = 0
     head_block, tokens_in, stage_of = plan.head_block, plan.tokens_in, shape.stage_of
@@ -89,6 +89,16 @@ def stem_cost(plan: CompressionPlan) -> tuple[int, int]:
         params += stage.patch * before * dim + 5 * dim  # bias, the embedding's norm, the stage's norm
         before = dim
     return macs, params
+
+
+def head_cost(plan: CompressionPlan) -> tuple[int, int]:
+    """(MACs, parameters) of final norms, pooling and classifiers; with `head_rank` these are thin pairs."""
+    macs, params = plan.shape.head.at(plan.embed_dim)
+    if plan.head_rank is None:
+        return macs, params
+    dim, classes = plan.embed_dim, plan.shape.classes
+    more = plan.shape.classifiers * (plan.head_rank * (dim + classes) - dim * classes)
+    return macs + more, params + more
 
 
 def attention_macs(block: BlockPlan, full: BlockShape, dim: int, *, tokens: int, queries: int) -> int:
@@ -141,7 +151,7 @@ _METHODS = {
     "tokens": ("tokens_out",),
     "widths": ("embed_dims", "heads", "qk_dim", "v_dim", "mlp_hidden"),
     "depth": ("attention", "mlp"),
-    "ranks": ("mlp_rank",),
+    "ranks": ("mlp_rank", "head_rank"),
     "unread": ("head_tokens_only",),
 }
 """The fields of a plan by the method that changes them."""

@@ -56,6 +56,10 @@ class TokenView(NamedTuple):
     position_BN: Tensor  # original index of each patch token, row-major on `grid`
     size_BN: Tensor  # original patches each token stands for
     grid: tuple[int, int]
+    received_BHT: Tensor | None = None
+    """Mean of attn over all queries: what each token gets. Present where the scorer sets
+    `needs_attention_means`, as is the next."""
+    class_row_BHT: Tensor | None = None  # what the first token attends to
 
     @property
     def patches_BND(self) -> Tensor:
@@ -111,6 +115,9 @@ class Scorer(Component):
     """True: scores receive a gradient in training, and `losses` is asked."""
     needs_attention: ClassVar[bool] = False
     """True: the block forms its whole attention map and hands it over (not fused, in that block)."""
+    needs_attention_means: ClassVar[bool] = False
+    """True: the block hands over the means of its attention map's columns and the first token's row, without
+    ever holding the map of the whole batch. Nearly as fast as fused attention."""
     needs_class_token: ClassVar[bool] = False
 
     def macs(self, site: Site) -> int:
@@ -203,10 +210,11 @@ class Cascade(Component):
 
     def accumulate(self, running_BN: Tensor | None, score_BN: Tensor) -> Tensor:
         """Cumulative score S = gamma * S + s / mean|s|: every block adds the same mass (reconstructed)."""
-        if running_BN is None or self.gamma == 0.0:
-            running_BN = 0.0 * score_BN
         mean_B1 = score_BN.abs().mean(dim=1, keepdim=True)  # scores may be negative
-        return self.gamma * running_BN + score_BN / mean_B1.clamp_min(1e-12)
+        share_BN = score_BN / mean_B1.clamp_min(1e-12)
+        if running_BN is None or self.gamma == 0.0:
+            return share_BN
+        return self.gamma * running_BN + share_BN
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,11 @@ class ModelShape:
     def depth(self) -> int:
         return len(self.blocks)
 
+    @property
+    def classifiers(self) -> int:
+        """Linear layers from the embedding to the classes: one, two in a distilled DeiT, none without a head."""
+        return self.head.macs_per_channel // self.classes if self.classes else 0
+
     def unit_groups(self) -> tuple[UnitGroup, ...]:
         """Everything that can be deleted, in the order of the model; depth last."""
         groups = [UnitGroup("embed", i, dim) for i, dim in enumerate(self.embed_dims)]
@@ -177,7 +182,7 @@ class BlockPlan:
         return self.attention or self.mlp
 
 
-WHOLE_FIELDS = ("embed_dims", "head_tokens_only", "low_rank_attention")
+WHOLE_FIELDS = ("embed_dims", "head_tokens_only", "low_rank_attention", "head_rank")
 _PER_BLOCK = tuple(f.name for f in fields(BlockPlan))
 
 
@@ -199,6 +204,9 @@ class CompressionPlan:
     """`qk_dim` and `v_dim` are ranks, to which each head's products are factorised (COMCAT); else they are
     channels, of which the most important are selected (UP-ViT)."""
 
+    head_rank: int | None = None
+    """Rank of the classifier's matrix (of each, where there are two); None: dense."""
+
     def __post_init__(self) -> None:
         _check(self)
 
@@ -216,8 +224,8 @@ class CompressionPlan:
 
         Args:
             changes: `embed_dim` (of a model of one resolution), `embed_dims` (one per stage),
-                `head_tokens_only`, `low_rank_attention`, or any field of `BlockPlan`; a block field takes one value for
-                all blocks or a sequence with one value per block.
+                `head_tokens_only`, `low_rank_attention`, `head_rank`, or any field of `BlockPlan`; a block field
+                takes one value for all blocks or a sequence with one value per block.
         """
         whole = {k: changes.pop(k) for k in WHOLE_FIELDS if k in changes}
         if "embed_dim" in changes:
@@ -269,7 +277,8 @@ class CompressionPlan:
         """Canonical text of the integers: equal keys are equal architectures."""
         numbers = [[getattr(b, name) for name in _PER_BLOCK] for b in self.blocks]
         width = self.embed_dims if len(self.embed_dims) > 1 else self.embed_dim
-        flags = [self.head_tokens_only] + [True] * self.low_rank_attention
+        flags: list[Any] = [self.head_tokens_only] + [True] * self.low_rank_attention
+        flags += [] if self.head_rank is None else [{"head_rank": self.head_rank}]
         return json.dumps([width, *flags, numbers], separators=(",", ":"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -291,6 +300,7 @@ class CompressionPlan:
             tuple(BlockPlan(**b) for b in data["blocks"]),
             data["head_tokens_only"],
             data.get("low_rank_attention", False),
+            data.get("head_rank"),
         )
 
     @classmethod
@@ -331,6 +341,7 @@ def _check(plan: CompressionPlan) -> None:
             )
         _check_widths(f"blocks[{i}]", block, full)
         _check_ranks(f"blocks[{i}]", plan, i)
+    _check_head_rank(plan)
 
 
 def _check_embed_dims(plan: CompressionPlan) -> None:
@@ -389,3 +400,15 @@ def _check_ranks(where: str, plan: CompressionPlan, index: int) -> None:
         )
     if full.qkv_bias and not full.proj_bias:
         raise PlanError(f"{where}: attention with a bias of values but none of its output is not factorised")
+
+
+def _check_head_rank(plan: CompressionPlan) -> None:
+    if plan.head_rank is None:
+        return
+    if not plan.shape.classifiers:
+        raise PlanError(
+            f"head_rank is {plan.head_rank}, but {plan.shape.name} has no classifier; leave it None"
+        )
+    most = min(plan.embed_dim, plan.shape.classes)
+    if not 1 <= plan.head_rank <= most:
+        raise PlanError(f"head_rank is {plan.head_rank}, expected 1 to {most}, or None for dense")

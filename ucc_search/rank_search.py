@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ucc_search.budget import Budget
-from ucc_search.compression import assemble
+from ucc_search.compression import ProxyInputs, assemble
 from ucc_search.compression.parts import blocks_of, parts_of
 from ucc_search.compression.selection import first_units
 from ucc_search.config import AugmentConfig, OptimizerConfig, RankSearchConfig, TrainConfig
@@ -28,7 +28,7 @@ from ucc_search.interfaces import Components
 from ucc_search.losses import TaskLoss
 from ucc_search.plan import CompressionPlan
 from ucc_search.train import fit
-from ucc_search.widths import RANKS, Widths
+from ucc_search.widths import RANKS, Widths, split_name
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def rank_choices(plan: CompressionPlan, widths: Widths, components: Components, 
     dense = cost(plan, components)
     found = []
     for name, bounds in widths.searched().items():
-        kind, index = name.partition(".")[0], int(name.partition(".")[2])
+        kind, index = split_name(name)
         if kind not in RANKS:
             continue
         steps = [bounds.low + (1 - bounds.low) * i / (levels - 1) for i in range(levels)]
@@ -67,6 +67,8 @@ def rank_choices(plan: CompressionPlan, widths: Widths, components: Components, 
 
 
 def _rank(plan: CompressionPlan, kind: str, index: int) -> int:
+    if kind == "head_rank":
+        return min(plan.embed_dim, plan.shape.classes) if plan.head_rank is None else plan.head_rank
     block = plan.blocks[index]
     if kind == "mlp_rank":
         dim = plan.embed_dims[plan.shape.stage_of[index]]
@@ -124,8 +126,8 @@ def gated(model: nn.Module, choices: Sequence[Choice], shares: Sequence[Tensor])
     blocks = blocks_of(model)
     gates: dict[int, dict[str, Tensor]] = {}
     for choice, share in zip(choices, shares, strict=True):
-        kind, _, index = choice.name.partition(".")
-        gates.setdefault(int(index), {})[kind] = _gate(choice.ranks, share)
+        kind, index = split_name(choice.name)
+        gates.setdefault(index, {})[kind] = _gate(choice.ranks, share)
     with contextlib.ExitStack() as stack:
 
         def scale(layer: nn.Module, gate: Tensor) -> None:
@@ -142,6 +144,10 @@ def gated(model: nn.Module, choices: Sequence[Choice], shares: Sequence[Tensor])
             if "mlp_rank" in of_block:
                 for layer in (*parts.hidden_in, parts.hidden_out):
                     scale(layer.reduce, of_block["mlp_rank"])
+            if "head_rank" in of_block:
+                for layer in (model.head, getattr(model, "head_dist", None)):
+                    if layer is not None:
+                        scale(layer.reduce, of_block["head_rank"])
         yield
 
 
@@ -165,6 +171,7 @@ def select_ranks(
     config: RankSearchConfig,
     *,
     seed: int,
+    inputs: ProxyInputs | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, float]:
     """The ratio of every searched rank, to start a search from or to project onto the budget.
@@ -175,12 +182,13 @@ def select_ranks(
     Args:
         plan: of the uncompressed model (tokens and widths full).
         images: the training split; `config.held_out` of it trains the gates.
+        inputs: proxy images, where factorisations are whitened: the directions are then ordered by what they give.
 
     Raises:
         PlanError: attention or MLPs that cannot be factorised.
     """
     choices = rank_choices(plan, widths, components, config.levels)
-    model = assemble(teacher, _full_rank(plan, choices), components, first_units(plan))
+    model = assemble(teacher, _full_rank(plan, choices), components, first_units(plan), inputs)
     dense = cost(plan, components)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held = max(1, int(config.held_out * len(images)))
@@ -206,10 +214,13 @@ def _full_rank(plan: CompressionPlan, choices: Sequence[Choice]) -> CompressionP
     kinds: Mapping[str, set[int]] = {k: set() for k in RANKS}
     full = {c.name: c.ranks[-1] for c in choices}
     for name in full:
-        kind, _, index = name.partition(".")
-        kinds[kind].add(int(index))
-    ranks = [full.get(f"mlp_rank.{i}") for i in range(plan.shape.depth)]
-    return plan.replace(low_rank_attention=bool(kinds["qk_rank"] | kinds["v_rank"]), mlp_rank=ranks)
+        kind, index = split_name(name)
+        kinds[kind].add(index)
+    return plan.replace(
+        low_rank_attention=bool(kinds["qk_rank"] | kinds["v_rank"]),
+        mlp_rank=[full.get(f"mlp_rank.{i}") for i in range(plan.shape.depth)],
+        head_rank=full.get("head_rank"),
+    )
 
 
 def _train_weights(

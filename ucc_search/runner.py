@@ -179,6 +179,7 @@ def _chosen_ranks(
             here.splits.train,
             settings,
             seed=config.search.seed,
+            inputs=here.proxy_inputs if config.space.factorize == "whitened" else None,
             log=log,
         )
         starts[budget.label] = space.starting_at(ratios)

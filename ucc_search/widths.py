@@ -12,11 +12,11 @@ from ucc_search.errors import PlanError
 from ucc_search.plan import BlockPlan, BlockShape, CompressionPlan, ModelShape
 from ucc_search.strength import power
 
-RANKS = ("qk_rank", "v_rank", "mlp_rank")
+RANKS = ("qk_rank", "v_rank", "mlp_rank", "head_rank")
 KINDS = ("embed", "heads", "attention", "mlp", "depth", *RANKS)
 _MULTIPLES = {
     **{"embed": 8, "heads": 1, "attention": 4, "mlp": 8, "depth": 1},
-    **{"qk_rank": 4, "v_rank": 4, "mlp_rank": 8},
+    **{"qk_rank": 4, "v_rank": 4, "mlp_rank": 8, "head_rank": 8},
 }
 
 Ratios = Mapping[str, float]
@@ -45,8 +45,8 @@ class Widths:
 
     def names(self, kind: str) -> list[str]:
         """The coordinates of one kind: per stage, per block, or one."""
-        if kind == "depth":
-            return ["depth"]
+        if kind in ("depth", "head_rank"):
+            return [kind]
         count = len(self.shape.embed_dims) if kind == "embed" else self.shape.depth
         return [f"{kind}.{i}" for i in range(count)]
 
@@ -93,7 +93,9 @@ class Widths:
     def _ratio(self, plan: CompressionPlan, name: str) -> float:
         if name == "depth":
             return self._blocks_left(plan) / self.shape.depth
-        kind, index = _split(name)
+        if name == "head_rank":
+            return 1.0 if plan.head_rank is None else plan.head_rank / self._dense_head_rank(plan)
+        kind, index = split_name(name)
         if kind == "embed":
             return plan.embed_dims[index] / self.shape.embed_dims[index]
         block = plan.blocks[index]
@@ -106,6 +108,11 @@ class Widths:
         """The rank at which two thin matrices of this block's MLP cost what the dense one does."""
         dim, hidden = plan.embed_dims[self.shape.stage_of[index]], plan.blocks[index].mlp_hidden
         return max(1, dim * hidden // (dim + hidden))
+
+    def _dense_head_rank(self, plan: CompressionPlan) -> int:
+        """As `_dense_rank`, of the classifier."""
+        dim, classes = plan.embed_dim, self.shape.classes
+        return max(1, dim * classes // max(1, dim + classes))
 
     def _blocks_left(self, plan: CompressionPlan) -> int:
         return math.ceil(sum(b.attention + b.mlp for b in plan.blocks) / 2)
@@ -120,8 +127,12 @@ class Widths:
     def _one_step_more(self, plan: CompressionPlan, name: str) -> CompressionPlan:
         if name == "depth":
             return self._with_depth(plan, self._blocks_left(plan) + 1)
-        kind, index = _split(name)
+        kind, index = split_name(name)
         step = self._multiple(kind)
+        if kind == "head_rank":
+            assert plan.head_rank is not None  # its ratio is below one
+            rank = (plan.head_rank // step + 1) * step
+            return plan.replace(head_rank=rank if rank < self._dense_head_rank(plan) else None)
         if kind == "embed":
             dims = list(plan.embed_dims)
             dims[index] = min(self.shape.embed_dims[index], (dims[index] // step + 1) * step)
@@ -151,7 +162,7 @@ class Widths:
 
     def _plan(self, base: CompressionPlan, kept: Ratios) -> CompressionPlan:
         def units(name: str, full: int) -> int:
-            kind = _split(name)[0]
+            kind = split_name(name)[0]
             exact = kept[name] * full
             # A fixed ratio is taken as it is: it names a standard architecture.
             step = self._multiple(kind) if isinstance(self._setting(kind), WidthRange) else 1
@@ -170,6 +181,10 @@ class Widths:
             dense = [self._dense_rank(plan, i) for i in range(self.shape.depth)]
             ranks = [units(f"mlp_rank.{i}", full) for i, full in enumerate(dense)]
             plan = plan.replace(mlp_rank=[r if r < d else None for r, d in zip(ranks, dense, strict=True)])
+        if self._setting("head_rank") != 1.0:
+            most = self._dense_head_rank(plan)
+            rank = units("head_rank", most)
+            plan = plan.replace(head_rank=rank if rank < most else None)
         return self._with_depth(plan, max(1, math.floor(kept["depth"] * self.shape.depth + 0.5)))
 
     def _with_depth(self, plan: CompressionPlan, blocks: int) -> CompressionPlan:
@@ -196,7 +211,8 @@ def _fields(kind: str, value: int) -> dict[str, int]:
     return {"qk_dim": value, "v_dim": value} if kind == "attention" else {_FIELD[kind]: value}
 
 
-def _split(name: str) -> tuple[str, int]:
+def split_name(name: str) -> tuple[str, int]:
+    """The kind of a coordinate and its place; 0 where there is one alone."""
     kind, _, index = name.partition(".")
     return kind, int(index or 0)
 

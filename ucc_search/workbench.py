@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ucc_search.budget import with_tokens
 from ucc_search.builtin.distillers import logit_kl
-from ucc_search.compression import assemble, checked_scores, compress, set_tokens, shape_of
+from ucc_search.compression import ProxyInputs, assemble, checked_scores, compress, set_tokens, shape_of
 from ucc_search.compression.selection import Scores, first_units, narrows
 from ucc_search.config import RunConfig, parse_config
 from ucc_search.data import Splits, calibration_batches, load_data, proxy_batches
@@ -108,31 +108,35 @@ class Workbench:
         importance: ComponentRef,
         *,
         scratch: bool = False,
+        whiten: bool = False,
     ) -> nn.Module:
-        """What a candidate starts from: the teacher compressed, or the same architecture with new weights."""
+        """What a candidate starts from: the teacher compressed, or the same architecture with new weights.
+
+        Args:
+            whiten: factorise for what layers give on the proxy images, not for their weights.
+        """
         if scratch:
             unweighted = self.config.model.model_copy(update={"pretrained": False})
             dense = build_model(unweighted, classes=self.splits.classes, channels=self.splits.channels)
             return assemble(dense.to(self.device), plan, components, first_units(plan))
         scores = self.scores(importance) if narrows(plan) else {}
-        return compress(self.teacher, plan, components, scores=scores, heads=self.config.space.fewer_heads)
+        return compress(
+            self.teacher,
+            plan,
+            components,
+            scores=scores,
+            heads=self.config.space.fewer_heads,
+            inputs=self.proxy_inputs if whiten else None,
+        )
 
-    def zero_shot(
-        self,
-        plan: CompressionPlan,
-        components: Components,
-        importance: ComponentRef,
-        *,
-        seed: int = 0,
-        scratch: bool = False,
-    ) -> Measurement:
-        """KL to the teacher and accuracy on the calibration images, without any training.
+    @functools.cached_property
+    def proxy_inputs(self) -> ProxyInputs:
+        """What whitened factorisations look at."""
+        return ProxyInputs(self.proxy)
 
-        Args:
-            seed: of whatever starts at random: learned scorers, and all weights from scratch.
-        """
-        torch.manual_seed(seed)
-        model = self.compressed(plan, components, importance, scratch=scratch).eval()
+    def zero_shot(self, model: nn.Module) -> Measurement:
+        """KL to the teacher and accuracy on the calibration images, of a model as it is."""
+        model.eval()
         start = time.perf_counter()
         kl, right = self._on_calibration(model)
         return Measurement(kl, right, compute_seconds=time.perf_counter() - start)
@@ -185,6 +189,7 @@ class Workbench:
         *,
         seed: int,
         scratch: bool = False,
+        whiten: bool = False,
         out: Path | None = None,
         arch: Mapping[str, Any] | None = None,
         worker: Worker | None = None,
@@ -203,7 +208,8 @@ class Workbench:
         """
         config = self.config.train
         torch.manual_seed(seed)
-        student = self.compressed(plan, components, importance, scratch=scratch).requires_grad_(True)
+        student = self.compressed(plan, components, importance, scratch=scratch, whiten=whiten)
+        student.requires_grad_(True)
         built = self.plugins.build("distiller", distiller)
         module = CandidateLoss(
             student,

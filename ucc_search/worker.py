@@ -59,7 +59,8 @@ def _measure(bench: Workbench, task: Mapping[str, Any]) -> Measurement:
         return bench.dense(job["rung"])
     if job["rung"] == "zero-shot":
         plan, refs, parts = _decode(bench, job)
-        return bench.zero_shot(plan, parts, refs["importance"], seed=job["seed"], scratch=job["scratch"])
+        torch.manual_seed(job["seed"])  # of learned scorers, and of all weights from scratch
+        return bench.zero_shot(bench.compressed(plan, parts, refs["importance"], **_start(job)))
     if bench.config.train.workers > 1:
         return _train_together(task, bench.config.train.workers)
     return _train(bench, task, None)
@@ -73,6 +74,11 @@ def _decode(
     return CompressionPlan.from_dict(job["plan"]), refs, parts
 
 
+def _start(job: Mapping[str, Any]) -> dict[str, bool]:
+    """What a candidate's first weights are made from."""
+    return {"scratch": job["scratch"], "whiten": job["factorize"] == "whitened"}
+
+
 def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> Measurement:
     job = task["job"]
     plan, refs, parts = _decode(bench, job)
@@ -84,7 +90,7 @@ def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> 
         parts,
         refs["distiller"],
         refs["importance"],
-        scratch=job["scratch"],
+        **_start(job),
         seed=job["seed"],
         out=Path(task["out"]),
         arch=arch,

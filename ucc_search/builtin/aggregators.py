@@ -54,12 +54,16 @@ class Host(Aggregator):
 
     def assign(self, view: TokenView, scores_BN: Tensor | None, keep: int) -> Assignment:
         """The `keep` highest scores, and hosts for all others."""
+        from ucc_search.batches import gather_rows
+
         assert scores_BN is not None
         keep_BR, prune_BP = split_by_score(scores_BN, keep)
-        unit_BND = _unit(view.patches_BND)
-        kept_BRD, pruned_BPD = _rows(unit_BND, keep_BR), _rows(unit_BND, prune_BP)
-        cosine_BP, host_BP = (pruned_BPD @ kept_BRD.transpose(1, 2)).max(dim=-1)
-        weight_BP = cosine_BP.exp()
+        norm_BN = view.patches_BND.norm(dim=-1).clamp_min(1e-6)
+        kept_BRD, pruned_BPD = (gather_rows(view.x_BTD, i, view.prefix) for i in (keep_BR, prune_BP))
+        # The norms divide the few products, not the many tokens; a token's own norm does not move its maximum.
+        product_BPR = pruned_BPD @ kept_BRD.transpose(1, 2) / norm_BN.gather(1, keep_BR)[:, None]
+        highest_BP, host_BP = product_BPR.max(dim=-1)
+        weight_BP = (highest_BP / norm_BN.gather(1, prune_BP)).exp()
         if self.weighting == "score":
             score_BN = scores_BN.detach()
             host_score_BP = score_BN.gather(1, keep_BR).gather(1, host_BP)
@@ -154,14 +158,11 @@ def rounds(count: int, keep: int) -> list[int]:
 def split_by_score(scores_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """(keep_BR, prune_BP): the `keep` highest scores and the others, each in ascending order."""
     order_BN = scores_BN.argsort(dim=1, descending=True, stable=True)
-    keep_BR, prune_BP = order_BN[:, :keep], order_BN[:, keep:]
-    return keep_BR.sort(dim=1).values, prune_BP.sort(dim=1).values
+    pruned_BN = order_BN.new_zeros(order_BN.shape).scatter(1, order_BN[:, keep:], 1)
+    both_BN = pruned_BN.argsort(dim=1, stable=True)
+    return both_BN[:, :keep], both_BN[:, keep:]
 
 
 def _unit(values_BND: Tensor) -> Tensor:
     unit_BND: Tensor = values_BND / values_BND.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     return unit_BND
-
-
-def _rows(values_BND: Tensor, index_BR: Tensor) -> Tensor:
-    return values_BND.gather(1, index_BR[..., None].expand(-1, -1, values_BND.shape[-1]))

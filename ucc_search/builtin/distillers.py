@@ -155,9 +155,11 @@ class HardAlign(Distiller):
 
     weight * CE(student, argmax teacher) + align * max(cos(pi/2 progress), floor) * sum over blocks of
     MSE(block outputs). Where tokens were cut or merged, the teacher's are mixed as the student's were.
+    The defaults are COMCAT's weights doubled, since the task loss has weight one here and a half there:
+    a half for the hard labels, and for the alignment a half that falls to 0.01.
 
     Args:
-        weight: of the hard labels, beside a task loss of weight 1 (DeiT halves both).
+        weight: of the hard labels, beside a task loss of weight 1.
         align: of the alignment at the start.
         floor: share of it that is left at the end.
         aligned: indices of the blocks, negative ones from the end.
@@ -174,8 +176,8 @@ class HardAlign(Distiller):
     def __init__(
         self,
         weight: float = 1.0,
-        align: float = 0.5,
-        floor: float = 0.01,
+        align: float = 1.0,
+        floor: float = 0.02,
         aligned: Sequence[int] = (0, 1, -2, -1),
     ) -> None:
         _check_weights(weight=weight, align=align, floor=floor)

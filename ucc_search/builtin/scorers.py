@@ -36,24 +36,22 @@ class Spatial(Scorer):
 
     Without a class token the score is mean_h mean_i A_h[i, j], the attention a token receives.
 
-    The block's own attention map is reused: no MACs are added, but that block's attention is not
-    fused.
+    The block hands over what is needed of its attention map; no MACs are added, but that block forms its
+    map, a few images at a time.
 
     Reference: reconstructed for UCC (Neurocomputing 2024, doi 10.1016/j.neucom.2024.128747), whose
     formula is not public, from the attention score of VTC-LFC (NeurIPS 2022).
     """
 
-    needs_attention: ClassVar[bool] = True
+    needs_attention_means: ClassVar[bool] = True
 
     def score(self, view: TokenView) -> Tensor:
         """scores_BN, non-negative."""
-        assert view.attn_BHTT is not None
-        received_BHT = view.attn_BHTT.mean(dim=2)
+        received_BHT, class_row_BHT = view.received_BHT, view.class_row_BHT
+        assert received_BHT is not None and class_row_BHT is not None
         if not view.class_token:
             return received_BHT.mean(dim=1)[:, view.prefix :]
-        class_row_BHT = view.attn_BHTT[:, :, 0]
-        to_class_BH1 = received_BHT[:, :, :1]
-        class_itself_BH1 = class_row_BHT[:, :, :1]
+        to_class_BH1, class_itself_BH1 = received_BHT[:, :, :1], class_row_BHT[:, :, :1]
         score_BT = (to_class_BH1 * class_row_BHT + class_itself_BH1 * received_BHT).mean(dim=1)
         return score_BT[:, view.prefix :]
 
@@ -95,7 +93,11 @@ class Spectral(Scorer):
         self.fft_axis, self.sign, self.kappa = fft_axis, sign, kappa
 
     def macs(self, site: Site) -> int:
-        """A forward and an inverse FFT, see `fft_macs`."""
+        """A forward and an inverse complex FFT, see `fft_macs`.
+
+        An upper bound by a quarter: the forward one is real. (A traced model multiplies by the filter's
+        matrix instead: more MACs, at the speed of a matrix product.)
+        """
         if self.sign == "high":
             return 0
         if self.fft_axis == "token":
@@ -105,27 +107,25 @@ class Spectral(Scorer):
         rows, columns = site.grid
         return fft_macs(columns, 2 * site.dim * rows) + fft_macs(rows, 2 * site.dim * columns)
 
+    def build(self, site: Site) -> Callable[[TokenView], Tensor] | nn.Module:
+        """A module that keeps its filters, without an entry in checkpoints."""
+        if self.sign == "high":
+            return self.score
+        from ucc_search.builtin.low_pass import LowPassEnergy
+
+        lengths = {"token": (site.tokens_in,), "channel": (site.dim,), "grid2d": site.grid}
+        return LowPassEnergy(self.fft_axis, self.kappa, lengths[self.fft_axis])
+
     def score(self, view: TokenView) -> Tensor:
         """scores_BN, non-negative; 0 for all-zero tokens."""
-        z_BND = view.patches_BND.detach().float()
-        if self.sign == "high":
-            rest_BN = (z_BND - z_BND.mean(dim=1, keepdim=True)).norm(dim=-1)
-            return _relative(rest_BN, z_BND.norm(dim=-1))
-        energy_BN = self._low_pass(z_BND, view).abs().sum(dim=-1)
-        return _relative(energy_BN, z_BND.abs().sum(dim=-1))
+        from ucc_search.builtin.low_pass import LowPassEnergy
 
-    def _low_pass(self, z_BND: Tensor, view: TokenView) -> Tensor:
-        """Z_low, complex: the filter, as published, is not symmetric about frequency 0."""
-        if self.fft_axis == "token":
-            return _filter(z_BND, (1,), self.kappa)
-        if self.fft_axis == "channel":
-            return _filter(z_BND, (2,), self.kappa)
-        rows, columns = view.grid
-        batch, _, dim = z_BND.shape
-        index_BND = view.position_BN[..., None].expand_as(z_BND)
-        sparse = z_BND.new_zeros(batch, rows * columns, dim).scatter(1, index_BND, z_BND)
-        grid = sparse.view(batch, rows, columns, dim)
-        return _filter(grid, (1, 2), self.kappa).flatten(1, 2).gather(1, index_BND)
+        if self.sign == "low":
+            energy_BN: Tensor = LowPassEnergy(self.fft_axis, self.kappa)(view)
+            return energy_BN
+        z_BND = view.patches_BND.detach().float()
+        rest_BN = (z_BND - z_BND.mean(dim=1, keepdim=True)).norm(dim=-1)
+        return _relative(rest_BN, z_BND.norm(dim=-1))
 
 
 class Joint(Scorer):
@@ -144,7 +144,7 @@ class Joint(Scorer):
     spatial and spectral characteristics; its form here is reconstructed from VTC-LFC (NeurIPS 2022).
     """
 
-    needs_attention: ClassVar[bool] = True
+    needs_attention_means: ClassVar[bool] = True
     ranges: ClassVar = {"mix": {"low": 0.0, "high": 1.0}, "kappa": {"low": 0.05, "high": 0.5}}
 
     def __init__(
@@ -163,9 +163,18 @@ class Joint(Scorer):
         """Those of the spectral score; the spatial one adds none."""
         return self.spatial.macs(site) + self.spectral.macs(site)
 
+    def build(self, site: Site) -> nn.Module:
+        """A module that keeps the spectral score's filters, without an entry in checkpoints."""
+        from ucc_search.builtin.low_pass import Combined
+
+        return Combined(self.combine, self.spatial.build(site), self.spectral.build(site))
+
     def score(self, view: TokenView) -> Tensor:
         """scores_BN, non-negative."""
-        spatial_BN, spectral_BN = self.spatial.score(view), self.spectral.score(view)
+        return self.combine(self.spatial.score(view), self.spectral.score(view))
+
+    def combine(self, spatial_BN: Tensor, spectral_BN: Tensor) -> Tensor:
+        """scores_BN from both."""
         if self.mix is None:
             return spatial_BN * spectral_BN
         return self.mix * _min_max(spatial_BN) + (1 - self.mix) * _min_max(spectral_BN)
@@ -235,28 +244,6 @@ def fft_macs(length: int, transforms: int = 1) -> int:
     A convention: libraries differ, and FLOP counters in torch see no FFT at all.
     """
     return round(2.5 * length * math.log2(length) * transforms)
-
-
-def _filter(values: Tensor, dims: tuple[int, ...], kappa: float) -> Tensor:
-    """The low-frequency part along `dims`; complex, of the shape of `values`."""
-    import torch
-
-    spectrum = torch.fft.fftn(values, dim=dims)
-    for dim in dims:
-        shape = [1] * values.ndim
-        shape[dim] = -1
-        spectrum = spectrum * low_pass_gain(values.shape[dim], kappa, like=values).view(shape)
-    low: Tensor = torch.fft.ifftn(spectrum, dim=dims)
-    return low
-
-
-def low_pass_gain(length: int, kappa: float, *, like: Tensor) -> Tensor:
-    """G_k of `Spectral`, k = 0..length-1, on the device and in the type of `like`."""
-    import torch
-
-    k_K = torch.arange(length, device=like.device, dtype=like.dtype)
-    middle, width = (length - 1) / 2, length * kappa / 2
-    return 1 - torch.exp(-((k_K - middle) ** 2) / (2 * width**2))
 
 
 def _relative(value_BN: Tensor, whole_BN: Tensor) -> Tensor:

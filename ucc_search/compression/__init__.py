@@ -9,16 +9,26 @@ from torch import nn
 
 from ucc_search.builtin import default_components
 from ucc_search.compression.blocks import CascadeBlocks, CompressedBlock, checked_scores, set_tokens
-from ucc_search.compression.factorize import factorize
+from ucc_search.compression.factorize import factorize, factorizes
 from ucc_search.compression.inspect import capabilities, refusals, shape_of
 from ucc_search.compression.narrow import narrow, rebuild_stages
 from ucc_search.compression.selection import HeadsBy, Scores, Selection, narrows, select, unfactorized
 from ucc_search.compression.weights import magnitude
+from ucc_search.compression.whitening import ProxyInputs
 from ucc_search.errors import PlanError
 from ucc_search.interfaces import Components, Site
 from ucc_search.plan import CompressionPlan
 
-__all__ = ["assemble", "capabilities", "checked_scores", "compress", "refusals", "set_tokens", "shape_of"]
+__all__ = [
+    "ProxyInputs",
+    "assemble",
+    "capabilities",
+    "checked_scores",
+    "compress",
+    "refusals",
+    "set_tokens",
+    "shape_of",
+]
 
 
 def compress(
@@ -28,6 +38,7 @@ def compress(
     *,
     scores: Scores | None = None,
     heads: HeadsBy = "fuse",
+    inputs: ProxyInputs | None = None,
 ) -> nn.Module:
     """A new model realising `plan`; `model` is left untouched.
 
@@ -41,6 +52,7 @@ def compress(
         scores: importance of every unit, larger is kept (`ucc_search.importance.unit_scores`); the
             default is the magnitude of its weights.
         heads: how fewer heads are made, see `ucc_search.compression.selection.select`.
+        inputs: proxy images, to factorise for what the layers give on them; None factorises the weights.
 
     Returns:
         A plain `nn.Module` of the model's own class, with timm's parameter names. Blocks of which
@@ -53,11 +65,17 @@ def compress(
     if scores is None:
         # Only groups that are narrowed need scores; most plans narrow none.
         scores = {(kind, i): magnitude(model, kind, i) for kind, i in narrows(plan)}
-    return assemble(model, plan, components or default_components(), select(plan, scores, heads=heads))
+    return assemble(
+        model, plan, components or default_components(), select(plan, scores, heads=heads), inputs
+    )
 
 
 def assemble(
-    model: nn.Module, plan: CompressionPlan, components: Components, selection: Selection
+    model: nn.Module,
+    plan: CompressionPlan,
+    components: Components,
+    selection: Selection,
+    inputs: ProxyInputs | None = None,
 ) -> nn.Module:
     """`compress` with the units already chosen."""
     shape = shape_of(model, plan.shape.name, image_size=plan.shape.image_size)
@@ -72,7 +90,10 @@ def assemble(
         return small
     if narrows(plan):
         narrow(small, unfactorized(plan), selection)
-    factorize(small, plan)
+    moments = None
+    if inputs is not None and factorizes(plan):
+        moments = inputs.of(small, None if narrows(plan) else model)
+    factorize(small, plan, moments)
     if shape.stages:
         rebuild_stages(small, plan)
     else:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.pvt_v2 import Attention as PyramidDense
 from torch import Tensor, nn
+
+from ucc_search.batches import image_slices
+
+Shown = Literal["nothing", "means", "map"]
+"""What a scorer is shown of the attention map."""
 
 
 class Attended(NamedTuple):
@@ -17,7 +22,9 @@ class Attended(NamedTuple):
     q_BHQK: Tensor
     k_BHTK: Tensor
     v_BHTV: Tensor
-    map_BHQT: Tensor | None
+    map_BHQT: Tensor | None = None
+    received_BHT: Tensor | None = None  # mean of the map over queries
+    class_row_BHT: Tensor | None = None  # first row of the map
 
 
 class CompressedAttention(nn.Module):
@@ -40,22 +47,49 @@ class CompressedAttention(nn.Module):
         self.attn_drop, self.proj_drop = attention.attn_drop, attention.proj_drop
 
     def forward(
-        self, x_BTD: Tensor, *, need_map: bool = False, key_bias_BT: Tensor | None = None
+        self, x_BTD: Tensor, *, show: Shown = "nothing", key_bias_BT: Tensor | None = None
     ) -> Attended:
         q, k, v = self._project(x_BTD)
         bias = None if key_bias_BT is None else key_bias_BT[:, None, None, :].to(q.dtype)
-        if need_map:
-            logits = (q * self.scale) @ k.transpose(-2, -1)
-            attn = (logits if bias is None else logits + bias).softmax(dim=-1)
-            mixed = self.attn_drop(attn) @ v
+        attn = received = class_row = None
+        if show == "map":
+            attn, mixed = self._attend(q, k, v, bias)
+        elif show == "means":
+            mixed, received, class_row = self._means(q, k, v, bias)
         else:
-            attn = None
             dropout = self.attn_drop.p if self.training else 0.0
             mixed = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale
             )
         out = self.norm(mixed.transpose(1, 2).flatten(2))
-        return Attended(self.proj_drop(self.proj(out)), q, k, v, attn)
+        return Attended(self.proj_drop(self.proj(out)), q, k, v, attn, received, class_row)
+
+    def _attend(
+        self, q_BHQK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, bias_B11T: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(map_BHQT, mixed_BHQV), not fused."""
+        logits = (q_BHQK * self.scale) @ k_BHTK.transpose(-2, -1)
+        attn = (logits if bias_B11T is None else logits + bias_B11T).softmax(dim=-1)
+        return attn, self.attn_drop(attn) @ v_BHTV
+
+    def _means(
+        self, q_BHQK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, bias_B11T: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(mixed_BHQV, received_BHT, class_row_BHT): each slice's map is in the cache when it is read again."""
+        batch, heads, queries, _ = q_BHQK.shape
+        keys, width = k_BHTK.shape[2], v_BHTV.shape[3]
+        slices = image_slices(q_BHQK, heads * queries * keys * q_BHQK.element_size())
+        if len(slices) == 1:
+            attn, mixed = self._attend(q_BHQK, k_BHTK, v_BHTV, bias_B11T)
+            return mixed, attn.mean(dim=2), attn[:, :, 0]
+        mixed_BQHV = v_BHTV.new_empty(batch, queries, heads, width)  # as the projection reads it
+        received, class_row = (v_BHTV.new_empty(batch, heads, keys) for _ in range(2))
+        for s in slices:
+            bias = None if bias_B11T is None else bias_B11T[s]
+            attn, mixed = self._attend(q_BHQK[s], k_BHTK[s], v_BHTV[s], bias)
+            mixed_BQHV[s] = mixed.transpose(1, 2)
+            received[s], class_row[s] = attn.mean(dim=2), attn[:, :, 0]
+        return mixed_BQHV.transpose(1, 2), received, class_row
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         width = self.heads * self.qk_dim

@@ -9,10 +9,11 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ucc_search.compression.attention import Attended, CompressedAttention
-from ucc_search.compression.tokens import TokenState, gather_rows, initial_state, reduce_tokens
+from ucc_search.batches import gather_rows
+from ucc_search.compression.attention import Attended, CompressedAttention, Shown
+from ucc_search.compression.tokens import TokenState, initial_state, reduce_tokens
 from ucc_search.errors import ModelError, PlanError
-from ucc_search.interfaces import Components, Site, SiteScores, TokenView
+from ucc_search.interfaces import Components, Scorer, Site, SiteScores, TokenView
 from ucc_search.plan import BlockPlan
 
 _BLOCKS_TOGETHER = (
@@ -68,6 +69,7 @@ class CompressedBlock(nn.Module):
         self.tokens_out = site.tokens_out if site else None
         scores = site is not None and components.aggregator.needs_scores
         self.scorer = components.scorer.build(site) if scores and site else None
+        self.shown = _shown(components.scorer) if scores else "nothing"
         self.check = False
         """Refuse scores that are not finite, which would keep arbitrary tokens without a word."""
         self.site = site
@@ -81,9 +83,7 @@ class CompressedBlock(nn.Module):
             raise ModelError(_BLOCKS_TOGETHER)
         x = x_BTD if self.head_tokens is None else x_BTD[:, : self.head_tokens]
         if self.attn is not None:
-            attended = self.attn(
-                self.norm1(x_BTD), need_map=self._needs_map(), key_bias_BT=self._size_bias(state)
-            )
+            attended = self.attn(self.norm1(x_BTD), show=self.shown, key_bias_BT=self._size_bias(state))
             x = x + self.drop_path1(self.ls1(attended.out_BQD))
             if self.tokens_out is not None:
                 assert state is not None
@@ -91,9 +91,6 @@ class CompressedBlock(nn.Module):
         if self.mlp is not None:
             x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
         return (x, state) if self.carries else x
-
-    def _needs_map(self) -> bool:
-        return self.scorer is not None and self.components.scorer.needs_attention
 
     def _size_bias(self, state: TokenState | None) -> Tensor | None:
         """Log of each token's size on the attention logits (ToMe, section 3.2); prefix tokens count one."""
@@ -123,11 +120,10 @@ class CompressedBlock(nn.Module):
                     f"the aggregator {type(aggregator).__name__} kept {assignment.keep_BR.shape[1]} tokens, "
                     f"expected at least {self.tokens_out}"
                 )
-            patches, state = reduce_tokens(
-                x_BTD[:, self.prefix :], state, assignment, absorb_scores=aggregator.absorb_scores
+            x_BTD, state = reduce_tokens(
+                x_BTD, state, assignment, prefix=self.prefix, absorb_scores=aggregator.absorb_scores
             )
-            x_BTD = torch.cat([x_BTD[:, : self.prefix], patches], dim=1)
-            if patches.shape[1] > self.tokens_out:
+            if x_BTD.shape[1] - self.prefix > self.tokens_out:
                 keys = self._kept_keys(keys, assignment.keep_BR)
                 view = self._view(x_BTD, attended, keys, state)
         return x_BTD, state
@@ -152,8 +148,10 @@ class CompressedBlock(nn.Module):
         return score_BN.float()
 
     def _kept_keys(self, k_BHTK: Tensor, keep_BR: Tensor) -> Tensor:
-        patches = k_BHTK[:, :, self.prefix :].transpose(1, 2).flatten(2)
-        kept = gather_rows(patches, keep_BR).unflatten(-1, (k_BHTK.shape[1], -1)).transpose(1, 2)
+        rows_BTX = k_BHTK.transpose(1, 2).flatten(2)
+        kept = (
+            gather_rows(rows_BTX, keep_BR, self.prefix).unflatten(-1, (k_BHTK.shape[1], -1)).transpose(1, 2)
+        )
         return torch.cat([k_BHTK[:, :, : self.prefix], kept], dim=2)
 
     def _view(self, x_BTD: Tensor, attended: Attended, k_BHTK: Tensor, state: TokenState) -> TokenView:
@@ -170,7 +168,15 @@ class CompressedBlock(nn.Module):
             state.position_BN,
             state.size_BN,
             self.grid,
+            attended.received_BHT,
+            attended.class_row_BHT,
         )
+
+
+def _shown(scorer: Scorer) -> Shown:
+    if scorer.needs_attention:
+        return "map"
+    return "means" if scorer.needs_attention_means else "nothing"
 
 
 class CascadeBlocks(nn.Sequential):
@@ -202,7 +208,7 @@ class CascadeBlocks(nn.Sequential):
             else:
                 x_BTD = block(x_BTD)
         if self.restore and state.owner_BO is not None:
-            patches = gather_rows(x_BTD[:, self.prefix :], state.owner_BO)
+            patches = gather_rows(x_BTD, state.owner_BO, self.prefix)
             x_BTD = torch.cat([x_BTD[:, : self.prefix], patches], dim=1)
         return x_BTD
 

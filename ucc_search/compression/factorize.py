@@ -1,4 +1,4 @@
-"""Low ranks in a model, in place: head-level products of attention, and the matrices of MLPs (COMCAT).
+"""Low ranks in a model, in place: head-level products of attention, matrices of MLPs and classifiers (COMCAT).
 
 Reference: Xiao et al. 2023, COMCAT, ICML, arXiv:2305.17235, section 3. Its released code drops the
 biases of attention; here they are kept: exactly at full rank, and as part of what is approximated below.
@@ -8,52 +8,104 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ucc_search.compression.parts import Parts, blocks_of, parts_of
+from ucc_search.compression.whitening import Moments, root
 from ucc_search.plan import BlockPlan, CompressionPlan
 
 
-def factorize(model: nn.Module, plan: CompressionPlan) -> None:
-    """Bring products and matrices to the plan's ranks; the model has its other widths already."""
+def factorize(model: nn.Module, plan: CompressionPlan, inputs: Mapping[str, Moments] | None = None) -> None:
+    """Bring products and matrices to the plan's ranks; the model has its other widths already.
+
+    Args:
+        inputs: of every layer, by name: the factors then approximate what the layers give on them
+            (`ucc_search.compression.whitening`); None: they approximate the weights (COMCAT).
+    """
+    name_of = {module: name for name, module in model.named_modules()}
+    known = inputs or {}
+
+    def seen(layer: nn.Module) -> Moments | None:
+        return known.get(name_of[layer])
+
     for block, wanted in zip(blocks_of(model), plan.blocks, strict=True):
         if wanted.attention and plan.low_rank_attention:
-            _factorize_attention(parts_of(block), wanted)
+            _factorize_attention(parts_of(block), wanted, seen)
         if wanted.mlp and wanted.mlp_rank is not None:
             for name in ("fc1", "fc1_g", "fc1_x", "fc2"):
                 layer = getattr(block.mlp, name, None)
                 if isinstance(layer, nn.Linear):
-                    setattr(block.mlp, name, low_rank_linear(layer, wanted.mlp_rank))
+                    setattr(block.mlp, name, low_rank_linear(layer, wanted.mlp_rank, seen(layer)))
+    if plan.head_rank is not None:
+        for name in ("head", "head_dist"):
+            layer = getattr(model, name, None)
+            if isinstance(layer, nn.Linear):
+                setattr(model, name, low_rank_linear(layer, plan.head_rank, seen(layer)))
 
 
-def low_rank_linear(layer: nn.Linear, rank: int) -> nn.Sequential:
-    """Two thin layers in place of one: the best approximation of its weight; the bias stays.
+def factorizes(plan: CompressionPlan) -> bool:
+    """Whether the plan brings any rank down."""
+    ranks = any(b.mlp and b.mlp_rank is not None for b in plan.blocks)
+    return plan.low_rank_attention or plan.head_rank is not None or ranks
+
+
+def low_rank_linear(layer: nn.Linear, rank: int, inputs: Moments | None = None) -> nn.Sequential:
+    """Two thin layers in place of one: the best approximation of its weight, or of what it gives on `inputs`.
+
+    The bias stays, and makes up for the mean error where inputs are known.
 
     Raises:
         ValueError: the rank is not between 1 and the smaller side.
     """
     if not 1 <= rank <= min(layer.in_features, layer.out_features):
         raise ValueError(f"rank is {rank}, expected 1 to {min(layer.in_features, layer.out_features)}")
-    left, singular, right = torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
-    reduce = _linear(singular[:rank, None] * right[:rank], None, like=layer)
-    expand = _linear(left[:, :rank], layer.bias, like=layer)
-    return nn.Sequential(OrderedDict(reduce=reduce, expand=expand))
+    weight, bias = layer.weight.detach().double(), layer.bias
+    if inputs is None:
+        left, singular, right = torch.linalg.svd(weight, full_matrices=False)
+        right = right[:rank]
+    else:
+        # Without a bias the mean is part of what must be approximated.
+        forward, back = root(inputs.covariance_II if bias is not None else inputs.plus_one()[:-1, :-1])
+        left, singular, right = torch.linalg.svd(weight @ forward, full_matrices=False)
+        right = right[:rank] @ back
+    left, right = left[:, :rank], singular[:rank, None] * right
+    if inputs is not None and bias is not None:
+        error = (weight - left @ right) @ inputs.mean_I
+        bias = bias.detach() + error.to(bias.dtype)
+    return nn.Sequential(
+        OrderedDict(reduce=_linear(right, None, like=layer), expand=_linear(left, bias, like=layer))
+    )
 
 
-def factor_product(left_Xd: Tensor, right_Yd: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of left @ right.T of this rank: (U_Xr with orthonormal columns, V_Yr).
+def factor_product(
+    left_Xd: Tensor,
+    right_Yd: Tensor,
+    rank: int,
+    left_moments: Tensor | None = None,
+    right_moments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The best approximation of P = left @ right.T of this rank: (U_Xr, V_Yr), U with orthonormal columns.
 
+    With second moments of what P is multiplied with, on its left side, its right side or both, the best is
+    that of x P y on average over independent x and y; U is orthonormal under the left ones.
     The product itself, of X by Y numbers, is never formed.
     """
-    q_left, r_left = torch.linalg.qr(left_Xd.double())
-    q_right, r_right = torch.linalg.qr(right_Yd.double())
+    sides, back = [], []
+    for factor, moments in ((left_Xd.double(), left_moments), (right_Yd.double(), right_moments)):
+        forward, inverse = (None, None) if moments is None else root(moments)
+        sides.append(torch.linalg.qr(factor if forward is None else forward @ factor))
+        back.append(inverse)
+    (q_left, r_left), (q_right, r_right) = sides
     u, singular, vh = torch.linalg.svd(r_left @ r_right.t())
-    return q_left @ u[:, :rank], q_right @ (vh[:rank].t() * singular[:rank])
+    found = q_left @ u[:, :rank], q_right @ (vh[:rank].t() * singular[:rank])
+    left, right = (f if b is None else b @ f for f, b in zip(found, back, strict=True))
+    return left, right
 
 
-def _factorize_attention(parts: Parts, plan: BlockPlan) -> None:
+def _factorize_attention(parts: Parts, plan: BlockPlan, seen: Callable[[nn.Module], Moments | None]) -> None:
     heads, dim = plan.heads, parts.attention.head_dim
     rows, biases = _rows(parts)
     q, k, v = (rows[role].detach().double().unflatten(0, (heads, dim)) for role in "qkv")
@@ -64,9 +116,13 @@ def _factorize_attention(parts: Parts, plan: BlockPlan) -> None:
         # part of the product. The bias of keys shifts all logits of a query alike: softmax drops it.
         q_bias = biases["q"].detach().double().unflatten(0, (heads, dim))[..., None]
         q = torch.cat([q, q_bias], dim=2)
-        _absorb_value_bias(out, biases["v"])
-    pairs = [factor_product(q[h].t(), k[h].t(), plan.qk_dim) for h in range(heads)]
-    values = [factor_product(v[h].t(), out_HdD[h].t(), plan.v_dim) for h in range(heads)]
+        _add_to_bias(out, out.weight.detach() @ biases["v"].detach())  # rows of attention sum to one
+    whiten = _attention_moments(parts, seen, biased="q" in biases)
+    pairs = [factor_product(q[h].t(), k[h].t(), plan.qk_dim, whiten["q"], whiten["k"]) for h in range(heads)]
+    values = [factor_product(v[h].t(), out_HdD[h].t(), plan.v_dim, whiten["v"]) for h in range(heads)]
+    if whiten["mean"] is not None and out.bias is not None:
+        errors = [(out_HdD[h].t() @ v[h] - w @ u.t()) @ whiten["mean"] for h, (u, w) in enumerate(values)]
+        _add_to_bias(out, torch.stack(errors).sum(dim=0))
     # Attention of width r divides by sqrt(r), and must divide by the old root.
     q_new = torch.cat([u.t() for u, _ in pairs]) * math.sqrt(plan.qk_dim / dim)
     k_new = torch.cat([w.t() for _, w in pairs])
@@ -87,6 +143,24 @@ def _factorize_attention(parts: Parts, plan: BlockPlan) -> None:
     attention.head_dim, attention.attn_dim = plan.qk_dim, heads * plan.v_dim
 
 
+def _attention_moments(
+    parts: Parts, seen: Callable[[nn.Module], Moments | None], *, biased: bool
+) -> dict[str, Tensor | None]:
+    """Second moments that queries, keys and values meet, and the mean of what values are formed from."""
+    found: dict[str, Tensor | None] = dict.fromkeys(("q", "k", "v", "mean"))
+    for layer, roles in parts.projections:
+        moments = seen(layer)
+        if moments is None:
+            continue
+        if "q" in roles:
+            found["q"] = moments.plus_one() if biased else moments.plus_one()[:-1, :-1]
+        if "k" in roles:
+            found["k"], found["mean"] = moments.within_II, moments.mean_I
+            biased_out = parts.attention_out.bias is not None
+            found["v"] = moments.covariance_II if biased_out else moments.plus_one()[:-1, :-1]
+    return found
+
+
 def _rows(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights and biases of queries, keys and values."""
     weights, biases = {}, {}
@@ -97,11 +171,10 @@ def _rows(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights, biases
 
 
-def _absorb_value_bias(out: nn.Linear, bias: Tensor) -> None:
-    """Rows of attention sum to one, so the bias of values is a constant of the output."""
-    constant = out.weight.detach() @ bias.detach()
-    assert out.bias is not None  # the plan refuses attention that has a bias in its values alone
-    out.bias = nn.Parameter(out.bias.detach() + constant, requires_grad=out.bias.requires_grad)
+def _add_to_bias(layer: nn.Linear, constant: Tensor) -> None:
+    assert layer.bias is not None  # the plan refuses attention that has a bias in its values alone
+    total = layer.bias.detach() + constant.to(layer.bias.dtype)
+    layer.bias = nn.Parameter(total, requires_grad=layer.bias.requires_grad)
 
 
 def _replace(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ucc_search.batches import flat_rows, gather_rows
 from ucc_search.interfaces import Assignment
 
 
@@ -34,34 +35,41 @@ def initial_state(x_BND: Tensor, *, owners: bool, trace: bool) -> TokenState:
 
 
 def reduce_tokens(
-    x_BND: Tensor, state: TokenState, assignment: Assignment, *, absorb_scores: bool
+    x_BTD: Tensor, state: TokenState, assignment: Assignment, *, prefix: int = 0, absorb_scores: bool
 ) -> tuple[Tensor, TokenState]:
-    """Carry out an assignment on the patch tokens and on everything known of them.
+    """Carry out an assignment on the tokens and on everything known of them.
+
+    Args:
+        x_BTD: `prefix` tokens that stay as they are, then the N patch tokens.
 
     Returns:
-        x_BRD and the state of the R tokens that are left.
+        The prefix and the R patch tokens that are left, and their state.
     """
     keep_BR, prune_BP, host_BP, weight_BP, self_BR = assignment
     position_BR = state.position_BN.gather(1, keep_BR)
     size_BR = state.size_BN.gather(1, keep_BR)
     score_BR = None if state.score_BN is None else state.score_BN.gather(1, keep_BR)
     owner_BO = state.owner_BO
+    stay_BT = _after_prefix(keep_BR, prefix)
     if host_BP is None:
-        kept_BRD = gather_rows(x_BND, keep_BR)
         compose = None if state.compose_BNO is None else gather_rows(state.compose_BNO, keep_BR)
-        return kept_BRD, TokenState(position_BR, size_BR, score_BR, owner_BO, compose)
+        return gather_rows(x_BTD, stay_BT), TokenState(position_BR, size_BR, score_BR, owner_BO, compose)
 
     assert weight_BP is not None and self_BR is not None
-    weight_BP, self_BR = weight_BP.to(x_BND.dtype), self_BR.to(x_BND.dtype)
+    weight_BP, self_BR = weight_BP.to(x_BTD.dtype), self_BR.to(x_BTD.dtype)
     # Sum over count, not a mean reduction: exporters drop the mean of scatter_reduce.
     total_BR = self_BR.scatter_add(1, host_BP, weight_BP)
     share_BP = weight_BP / total_BR.gather(1, host_BP)
     own_BR = self_BR / total_BR
 
-    def mix(values_BNX: Tensor) -> Tensor:
-        kept = gather_rows(values_BNX, keep_BR) * own_BR[..., None].to(values_BNX.dtype)
-        added = gather_rows(values_BNX, prune_BP) * share_BP[..., None].to(values_BNX.dtype)
-        return kept.scatter_add(1, host_BP[..., None].expand_as(added), added)
+    def mix(values_BTX: Tensor, stay_BT: Tensor, before: int) -> Tensor:
+        """One copy of what stays; the rest happens in place."""
+        mixed_BTX = gather_rows(values_BTX, stay_BT)
+        mixed_BTX[:, before:].mul_(own_BR[..., None].to(values_BTX.dtype))
+        added_BPX = gather_rows(values_BTX, prune_BP, before) * share_BP[..., None].to(values_BTX.dtype)
+        hosts = flat_rows(host_BP, mixed_BTX.shape[1], before)
+        mixed_BTX.flatten(0, 1).index_add_(0, hosts, added_BPX.flatten(0, 1))
+        return mixed_BTX
 
     # A token of weight zero is dropped: its host does not stand for it.
     joins_BP = (weight_BP > 0).to(size_BR.dtype)
@@ -72,13 +80,16 @@ def reduce_tokens(
         score_BR = score_BR.scatter_add(1, host_BP, absorbed_BP)
     if owner_BO is not None:
         owner_BO = _new_index(keep_BR, prune_BP, host_BP).gather(1, owner_BO)
-    compose = None if state.compose_BNO is None else mix(state.compose_BNO)
-    return mix(x_BND), TokenState(position_BR, size_BR, score_BR, owner_BO, compose)
+    compose = None if state.compose_BNO is None else mix(state.compose_BNO, keep_BR, 0)
+    return mix(x_BTD, stay_BT, prefix), TokenState(position_BR, size_BR, score_BR, owner_BO, compose)
 
 
-def gather_rows(values_BNX: Tensor, index_BR: Tensor) -> Tensor:
-    """values_BRX: the rows at `index_BR` of each image."""
-    return values_BNX.gather(1, index_BR[..., None].expand(-1, -1, values_BNX.shape[-1]))
+def _after_prefix(keep_BR: Tensor, prefix: int) -> Tensor:
+    """Indices among all tokens of the prefix and of these patch tokens."""
+    if not prefix:
+        return keep_BR
+    first_T = torch.arange(prefix, device=keep_BR.device).expand(keep_BR.shape[0], prefix)
+    return torch.cat([first_T, keep_BR + prefix], dim=1)
 
 
 def _new_index(keep_BR: Tensor, prune_BP: Tensor, host_BP: Tensor) -> Tensor:
