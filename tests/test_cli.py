@@ -188,6 +188,11 @@ WRONG = {
         ["no trial fits", "the fewest of any", "allow more"],
     ),
     "analyze with no run": (("analyze", "run", "empty"), ["empty", "not a run folder"]),
+    "report of no run": (("report", "empty"), ["empty", "not a run folder"]),
+    "report into a file": (
+        ("report", "run", "--out", "space.yaml/report.html"),
+        ["space.yaml/report.html", "cannot be written", "another --out"],
+    ),
     "pick by latency": (
         ("pick", "run", "--max-latency-ms", "3"),
         ["no trial's latency was measured", "budget.latency_ms"],

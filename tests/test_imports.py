@@ -19,7 +19,7 @@ LIGHT = [
     *("errors", "plan", "costs", "interfaces", "hookspecs", "units", "builtin", "plugins", "config"),
     *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
     *("tables", "cli", "strength", "widths", "progress", "parcel", "checkpoints", "timing"),
-    *("spread", "influence", "comparison"),
+    *("spread", "influence", "comparison", "report"),
     *("observers", "plugin_checks", "plugin_sources"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""

@@ -136,7 +136,21 @@ def _run(config: Any, plugins: Any, out: Path | None, resume: bool) -> None:
     print_analysis(run, Console())
     with open(run.path / "analysis.txt", "w", encoding="utf-8") as file:
         print_analysis(run, Console(file=file, width=160))
+    _report_of(run)
     raise typer.Exit(exit_code(run))
+
+
+def _report_of(run: Any) -> None:
+    """The report at the end of a search; what it lacks must not spoil a run that is done."""
+    from ucc_search.report import write_plots, write_report
+
+    try:
+        path = write_report(run)
+        write_plots(run)
+    except Exception as error:
+        typer.echo(f"no report: {error}; try ucc-search report {run.path}", err=True)
+    else:
+        typer.echo(f"Report: {path}")
 
 
 @app.command()
@@ -274,6 +288,24 @@ def pick(
         max_macs=min(limits) if limits else None, max_params=params, max_latency_ms=max_latency_ms
     )
     typer.echo(json.dumps(row.to_dict(), indent=1) if as_json else pick_message(opened, row))
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; report.html in the run folder by default.")
+    ] = None,
+) -> None:
+    """One offline HTML file about a run; with matplotlib also plots, in `plots/` of the run folder."""
+    from ucc_search.report import write_plots, write_report
+    from ucc_search.runs import load_run
+
+    opened = load_run(run)
+    path = write_report(opened, out)
+    plots = write_plots(opened) if out is None else []
+    beside = f", and {len(plots)} plots in {plots[0].parent}" if plots else ""
+    typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB){beside}")
 
 
 @app.command("train-teacher")

@@ -120,6 +120,12 @@ class Run:
         """Failed trials by class, the most frequent first; columns are the fields of `analysis.FailureClass`."""
         return _frame(analysis.failure_classes(self.rows), analysis.FailureClass)
 
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the offline HTML report; `report.html` in the run folder by default."""
+        from ucc_search.report import write_report
+
+        return write_report(self, out)
+
     def pick(
         self,
         *,

@@ -439,10 +439,10 @@ def _pick_command(run: Run, front: Sequence[Point]) -> str | None:
     if not front:
         return None
     macs = (analysis.knee(front) or front[-1]).macs
-    return f"ucc-search pick {shlex.quote(str(run.path))} --max-gmacs {_gmacs(macs)}"
+    return f"ucc-search pick {shlex.quote(str(run.path))} --max-gmacs {gmacs_limit(macs)}"
 
 
-def _gmacs(macs: int) -> str:
+def gmacs_limit(macs: int) -> str:
     """Three significant digits, rounded up: the point itself must fit."""
     digits = max(0, 2 - math.floor(math.log10(macs / 1e9)))
     return f"{math.ceil(macs / 1e9 * 10**digits) / 10**digits:.{digits}f}"
