@@ -1,0 +1,118 @@
+"""The packages under `plugins/`: complete, light, on the public hooks alone, and keeping the contract."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ucc_search.plugins import HOOKS, Plugins
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = sorted(p.parent for p in (ROOT / "plugins").glob("*/pyproject.toml"))
+PUBLIC = {"ucc_search", "ucc_search.interfaces", "ucc_search.builtin.aggregators"}
+"""What a package may import of ours: the public names, the contract, and built-in aggregators to extend."""
+
+
+@pytest.fixture(params=PACKAGES, ids=lambda path: path.name)
+def package(request) -> SimpleNamespace:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((request.param / "pyproject.toml").read_text(encoding="utf-8"))
+    (module,) = project["tool"]["setuptools"]["py-modules"]
+    return SimpleNamespace(path=request.param, project=project["project"], file=request.param / f"{module}.py")
+
+
+def test_every_peer_is_there():
+    names = {p.name.removeprefix("ucc-plugin-") for p in PACKAGES}
+    assert names >= {"minimal", "tome", "evit", "prune-merge", "zero-tprune"}
+
+
+def test_its_metadata_is_complete(package):
+    project = package.project
+    assert project["name"] == package.path.name
+    assert {"version", "description", "requires-python", "license"} <= project.keys()
+    assert "ucc-search" in project["dependencies"]
+    assert project["entry-points"]["ucc_search"] == {
+        project["name"].removeprefix("ucc-plugin-"): package.file.stem
+    }
+    assert list((package.path / "tests").glob("test_*.py"))
+    readme = (package.path / project["readme"]).read_text(encoding="utf-8")
+    assert readme.startswith(f"# {project['name']}\n")
+    assert len(readme.splitlines()) <= 16
+
+
+def test_it_says_what_is_faithful_to_the_paper(package):
+    readme = (package.path / "README.md").read_text(encoding="utf-8")
+    if package.path.name != "ucc-plugin-minimal":  # an example has no paper
+        assert all(word in readme for word in ("arxiv.org/abs/", "- Faithful:", "- Not faithful:"))
+
+
+def test_it_uses_the_public_hooks_alone_and_loads_no_torch(package):
+    tree = ast.parse(package.file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ucc_search"):
+            assert node.module in PUBLIC
+    at_import = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert "torch" not in {getattr(n, "module", None) or n.names[0].name for n in at_import}
+
+
+def test_its_components_have_summaries_and_build_with_their_defaults(package):
+    plugins = Plugins.load([str(package.file)], entry_points=False, environment=False, strict=True)
+    (record,) = [r for r in plugins.records if r.name == package.file.stem]
+    assert record.provides
+    for kind, hook in HOOKS.items():
+        for name in record.provides.get(hook, ()):
+            described = plugins.describe(kind, name)
+            assert described["summary"].endswith((".", ":"))
+            assert not described["required"]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> SimpleNamespace:
+    """A copy of what a checkout holds, and an environment with ucc-search in it but none of the packages."""
+    folder = tmp_path_factory.mktemp("fresh")
+    shutil.copytree(ROOT / "plugins", folder / "plugins", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    shutil.copytree(ROOT / "search_spaces", folder / "search_spaces")
+    environment = folder / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    # The packages of this environment are seen there, too: nothing is downloaded.
+    seen = [str(ROOT), *(p for p in sys.path if p.endswith("site-packages"))]
+    (packages / "seen.pth").write_text("\n".join(seen) + "\n", encoding="utf-8")
+    for name, module in (("pip", "pip._internal.cli.main"), ("ucc-search", "ucc_search.cli")):
+        script = environment / "bin" / name
+        script.write_text(f"#!{environment}/bin/python\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+        script.chmod(0o755)
+    variables = {
+        **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "UCC_SEARCH_PLUGINS")},
+        "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "UCC_SEARCH_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",  # pip reads this one the wrong way round
+        "PIP_NO_DEPS": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
+
+    def run(line: str) -> str:
+        done = subprocess.run(
+            line, shell=True, cwd=folder, env=variables, capture_output=True, text=True, timeout=1500
+        )
+        assert done.returncode == 0, f"$ {line}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return SimpleNamespace(folder=folder, run=run)
+
+
+@pytest.mark.slow
+def test_all_packages_install_into_a_fresh_environment(fresh):
+    fresh.run("pip install ./plugins/*")
+    listed = json.loads(fresh.run("ucc-search plugins list --json"))
+    status = {p["name"]: p["status"] for p in listed["plugins"] if p["origin"].startswith("package ucc-plugin-")}
+    assert status == {p.name.removeprefix("ucc-plugin-"): "ok" for p in PACKAGES}
