@@ -25,13 +25,16 @@ PUBLIC = {"ucc_search", "ucc_search.interfaces", "ucc_search.builtin.aggregators
 def package(request) -> SimpleNamespace:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((request.param / "pyproject.toml").read_text(encoding="utf-8"))
-    (module,) = project["tool"]["setuptools"]["py-modules"]
-    return SimpleNamespace(path=request.param, project=project["project"], file=request.param / f"{module}.py")
+    files = project["tool"]["setuptools"]
+    (source,) = [request.param / f"{m}.py" for m in files.get("py-modules", ())] + [
+        request.param / p for p in files.get("packages", ())
+    ]
+    return SimpleNamespace(path=request.param, project=project["project"], source=source)
 
 
 def test_every_peer_is_there():
     names = {p.name.removeprefix("ucc-plugin-") for p in PACKAGES}
-    assert names >= {"minimal", "tome", "evit", "prune-merge", "zero-tprune"}
+    assert names >= {"minimal", "tome", "evit", "dynamic-vit", "prune-merge", "zero-tprune"}
 
 
 def test_its_metadata_is_complete(package):
@@ -40,7 +43,7 @@ def test_its_metadata_is_complete(package):
     assert {"version", "description", "requires-python", "license"} <= project.keys()
     assert "ucc-search" in project["dependencies"]
     assert project["entry-points"]["ucc_search"] == {
-        project["name"].removeprefix("ucc-plugin-"): package.file.stem
+        project["name"].removeprefix("ucc-plugin-"): package.source.stem
     }
     assert list((package.path / "tests").glob("test_*.py"))
     readme = (package.path / project["readme"]).read_text(encoding="utf-8")
@@ -55,17 +58,19 @@ def test_it_says_what_is_faithful_to_the_paper(package):
 
 
 def test_it_uses_the_public_hooks_alone_and_loads_no_torch(package):
-    tree = ast.parse(package.file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ucc_search"):
-            assert node.module in PUBLIC
-    at_import = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    files = [package.source] if package.source.is_file() else sorted(package.source.glob("*.py"))
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ucc_search"):
+                assert node.module in PUBLIC, file
+    first = ast.parse(files[0].read_text(encoding="utf-8")).body  # the module, or __init__ of the package
+    at_import = [n for n in first if isinstance(n, ast.Import | ast.ImportFrom)]
     assert "torch" not in {getattr(n, "module", None) or n.names[0].name for n in at_import}
 
 
 def test_its_components_have_summaries_and_build_with_their_defaults(package):
-    plugins = Plugins.load([str(package.file)], entry_points=False, environment=False, strict=True)
-    (record,) = [r for r in plugins.records if r.name == package.file.stem]
+    plugins = Plugins.load([str(package.source)], entry_points=False, environment=False, strict=True)
+    (record,) = [r for r in plugins.records if r.name == package.source.stem]
     assert record.provides
     for kind, hook in HOOKS.items():
         for name in record.provides.get(hook, ()):
@@ -78,7 +83,9 @@ def test_its_components_have_summaries_and_build_with_their_defaults(package):
 def fresh(tmp_path_factory) -> SimpleNamespace:
     """A copy of what a checkout holds, and an environment with ucc-search in it but none of the packages."""
     folder = tmp_path_factory.mktemp("fresh")
-    shutil.copytree(ROOT / "plugins", folder / "plugins", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    shutil.copytree(
+        ROOT / "plugins", folder / "plugins", ignore=shutil.ignore_patterns("build", "*.egg-info")
+    )
     shutil.copytree(ROOT / "search_spaces", folder / "search_spaces")
     environment = folder / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
@@ -88,7 +95,9 @@ def fresh(tmp_path_factory) -> SimpleNamespace:
     (packages / "seen.pth").write_text("\n".join(seen) + "\n", encoding="utf-8")
     for name, module in (("pip", "pip._internal.cli.main"), ("ucc-search", "ucc_search.cli")):
         script = environment / "bin" / name
-        script.write_text(f"#!{environment}/bin/python\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+        script.write_text(
+            f"#!{environment}/bin/python\nimport sys\nfrom {module} import main\nsys.exit(main())\n"
+        )
         script.chmod(0o755)
     variables = {
         **{k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "UCC_SEARCH_PLUGINS")},
@@ -114,5 +123,7 @@ def fresh(tmp_path_factory) -> SimpleNamespace:
 def test_all_packages_install_into_a_fresh_environment(fresh):
     fresh.run("pip install ./plugins/*")
     listed = json.loads(fresh.run("ucc-search plugins list --json"))
-    status = {p["name"]: p["status"] for p in listed["plugins"] if p["origin"].startswith("package ucc-plugin-")}
+    status = {
+        p["name"]: p["status"] for p in listed["plugins"] if p["origin"].startswith("package ucc-plugin-")
+    }
     assert status == {p.name.removeprefix("ucc-plugin-"): "ok" for p in PACKAGES}

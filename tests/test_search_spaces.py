@@ -21,7 +21,7 @@ from ucc_search.space import SearchSpace
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
-PEERS = [str(p) for p in sorted((ROOT / "plugins").glob("*/ucc_plugin_*.py"))]
+PEERS = [str(p) for p in sorted((ROOT / "plugins").glob("*/ucc_plugin_*")) if p.suffix != ".egg-info"]
 """The shipped packages, which some files take their baselines from."""
 DATA = {"digits": (10, 1), "fashion-mnist": (10, 1), "folder": (1000, 3)}
 """Classes and channels: neither images nor weights are needed to know what a run would cost."""

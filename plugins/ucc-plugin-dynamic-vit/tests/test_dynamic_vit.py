@@ -53,9 +53,8 @@ def test_training_samples_around_the_probability_and_evaluation_repeats_itself()
     with torch.no_grad():
         module.decide[-1].bias.copy_(torch.tensor([2.0, 0.0]))
         samples = torch.stack([module(view(x)) for _ in range(300)])
-        chosen = (
-            (samples > 0.5).float().mean(dim=0)
-        )  # a Gumbel softmax chooses with the softmax's probability
+        # A Gumbel softmax chooses with the softmax's probability.
+        chosen = (samples > 0.5).float().mean(dim=0)
         torch.testing.assert_close(chosen, module.eval()(view(x)), atol=0.12, rtol=0)
 
 
