@@ -18,8 +18,8 @@ HEAVY = {"torch", "torchvision", "timm", "ray", "optuna", "deepspeed", "pandas",
 LIGHT = [
     *("errors", "plan", "costs", "interfaces", "hookspecs", "units", "builtin", "plugins", "config"),
     *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
-    *("tables", "cli", "strength", "widths", "progress", "parcel", "checkpoints", "timing"),
-    *("spread", "influence", "comparison", "report"),
+    *("tables", "cli", "strength", "widths", "progress", "parcel", "checkpoints", "timing", "status"),
+    *("spread", "influence", "comparison", "report", "live"),
     *("observers", "plugin_checks", "plugin_sources"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""

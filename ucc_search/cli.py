@@ -121,18 +121,22 @@ def _run(config: Any, plugins: Any, out: Path | None, resume: bool) -> None:
     """A whole run, its table on the terminal and in the run folder, and the exit code."""
     from rich.console import Console
 
+    from ucc_search.live import LiveView
     from ucc_search.runner import Interrupted, exit_code
     from ucc_search.runner import search as run_search
     from ucc_search.tables import print_analysis
 
+    view = LiveView(Console())
     try:
-        run = run_search(config, out=out, resume=resume, plugins=plugins, log=_echo)
+        run = run_search(config, out=out, resume=resume, plugins=plugins, log=view.log, view=view)
     except Interrupted as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(3) from None
     except KeyboardInterrupt:
         typer.echo("interrupted before the first trial; nothing was written, run it again", err=True)
         raise typer.Exit(3) from None
+    finally:
+        view.close()
     print_analysis(run, Console())
     with open(run.path / "analysis.txt", "w", encoding="utf-8") as file:
         print_analysis(run, Console(file=file, width=160))
@@ -261,6 +265,23 @@ def analyze(
         typer.echo(json.dumps(analysis_json(opened), indent=1))
     else:
         print_analysis(opened, Console())
+
+
+@app.command()
+def status(run: RunFolder, as_json: Json = False) -> None:
+    """How far a run is, also while another process carries it out: trials, best so far, failures, time left."""
+    from ucc_search.status import run_status
+
+    found = run_status(run)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=1))
+        return
+    from rich.console import Console
+
+    from ucc_search.live import status_table, status_text
+
+    console = Console()
+    console.print(status_table(found)) if console.is_terminal else typer.echo(status_text(found))
 
 
 @app.command()

@@ -160,7 +160,6 @@ def _silence_ray() -> None:
     """What Ray prints of a lost node is pages long; the run has a line for every trial that is made again."""
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    with contextlib.suppress(ImportError, AttributeError, KeyError, ValueError):
-        from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
-
-        dispatcher.remove_handler("ray_print_logs")
+    # What is published to every driver (a lost node) comes past the loggers and past log_to_driver.
+    if hasattr(ray._private.worker, "_worker_logs_enabled"):
+        ray._private.worker._worker_logs_enabled = False

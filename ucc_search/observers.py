@@ -32,6 +32,9 @@ class Observers:
         """
         return cls([(ref.name, plugins.build("observer", ref)) for ref in refs], log)
 
+    def add(self, name: str, observer: Observer) -> None:
+        self._active.append((name, observer))
+
     def run_started(self, run_path: Path, config: Mapping[str, Any]) -> None:
         self._tell("run_started", run_path, config)
 

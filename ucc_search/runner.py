@@ -18,7 +18,7 @@ from ucc_search.checkpoints import remember_loaded, was_loaded
 from ucc_search.config import RunConfig, plain_config
 from ucc_search.environment import environment
 from ucc_search.errors import DataError
-from ucc_search.interfaces import INFERENCE_KINDS
+from ucc_search.interfaces import INFERENCE_KINDS, Observer
 from ucc_search.ladder import levels
 from ucc_search.observers import Observers
 from ucc_search.parcel import Parcel, folders_of_teacher
@@ -28,6 +28,7 @@ from ucc_search.schedule import Scheduler, check_budgets
 from ucc_search.scoring import measure_importance, this_bench
 from ucc_search.shapes import model_shape, train_images
 from ucc_search.space import SearchSpace
+from ucc_search.status import FINISHED
 from ucc_search.store import RunStore, replace_text
 from ucc_search.widths import RANKS as RANK_KINDS
 
@@ -50,6 +51,7 @@ def search(
     resume: bool = False,
     plugins: Plugins | None = None,
     log: Log = lambda text: None,
+    view: Observer | None = None,
 ) -> Run:
     """Carry out a whole run; the same as `ucc-search search`.
 
@@ -58,6 +60,7 @@ def search(
         out: the run folder; `results/<name>` by default.
         resume: go on with the run in that folder.
         log: gets a line for every event worth telling.
+        view: told of the run beside the observers that the configuration names.
 
     Raises:
         UserError: the configuration cannot be run (nothing was written), or the folder is taken.
@@ -69,6 +72,8 @@ def search(
     space = SearchSpace.of(config.space, shape, plugins)
     check_budgets(config, Scheduler(config, shape, plugins), space, plugins)
     observers = Observers.named(config.observers, plugins, log)
+    if view is not None:
+        observers.add("view", view)
     here = functools.partial(this_bench, config, plugins)
     levels(config, train_images(config))  # refuses a ladder that does not rise
     scheduler = Scheduler(config, shape, plugins, _bench_evaluate(here), lambda ref: here().depth_order(ref))
@@ -80,6 +85,7 @@ def search(
     measure_importance(config, plugins, shape, log)
     with _cluster(config), _locked(known, path, config, plugins) as store:
         start = time.monotonic()
+        (store.path / FINISHED).unlink(missing_ok=True)
         observers.run_started(path, plain_config(config))
         try:
             starts = _chosen_ranks(config, here, space, scheduler, store, log)
@@ -99,6 +105,7 @@ def search(
         estimate.remember(campaign.rows, config)
         if config.search.keep_weights == "front":
             _drop_weights(store)
+        (store.path / FINISHED).touch()
         log(f"{len(campaign.rows)} trials in {time.monotonic() - start:.0f} s, in {path}")
     return Run(path)
 

@@ -13,6 +13,7 @@ from ucc_search.interfaces import (
     Distiller,
     Importance,
     Metric,
+    Observer,
     Sampler,
     Scorer,
 )
@@ -80,6 +81,13 @@ def ucc_importances() -> Mapping[str, Callable[..., Importance]]:
         "magnitude": importances.Magnitude,
         "random": importances.Random,
     }
+
+
+@hookimpl
+def ucc_observers() -> Mapping[str, Callable[..., Observer]]:
+    from ucc_search.builtin import trackers
+
+    return {"tensorboard": trackers.TensorBoard, "mlflow": trackers.MLflow, "wandb": trackers.WandB}
 
 
 @hookimpl
