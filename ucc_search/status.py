@@ -111,7 +111,7 @@ def _by_rung(rows: Sequence[TrialRow], names: Sequence[str]) -> dict[str, list[T
     for rung in dict.fromkeys(r.rung for r in rows):
         same = [name for name in names if name.partition(" ")[0] == rung] or [rung]
         members = [r for r in rows if r.rung == rung]
-        lengths = sorted({r.fidelity for r in members if r.state == "ok"})
+        lengths = sorted({r.fidelity for r in members if r.state != "failed"})
         for row in members:
             # A trial that failed may not say how far it got: it belongs to the rung that was under way.
             place = lengths.index(row.fidelity) if row.fidelity in lengths else len(lengths) - 1
@@ -140,7 +140,7 @@ def _best(found: Mapping[str, Sequence[TrialRow]]) -> tuple[Best, ...]:
     for rung, rows in found.items():
         by_target: dict[str, list[TrialRow]] = defaultdict(list)
         for row in rows:
-            if row.state == "ok" and row.feasible:
+            if row.state != "failed" and row.feasible:
                 by_target[row.target].append(row)
         measure = "KL" if rung == "zero-shot" else "accuracy"
         for target, members in by_target.items():
