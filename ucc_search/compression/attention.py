@@ -27,6 +27,32 @@ class Attended(NamedTuple):
     class_row_BHT: Tensor | None = None  # first row of the map
 
 
+def fused_attention(
+    q_BHQK: Tensor,
+    k_BHTK: Tensor,
+    v_BHTV: Tensor,
+    *,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale q k.T + bias) v, [B, H, Q, V]; the default scale is that of the queries' own width.
+
+    torch's fused kernel for CPUs takes values as wide as keys alone, and what it falls back to is three times
+    slower. Zeros on the narrower side change nothing.
+    """
+    keys, values = q_BHQK.shape[-1], v_BHTV.shape[-1]
+    scale = keys**-0.5 if scale is None else scale
+    if q_BHQK.device.type == "cpu" and keys < values:
+        q_BHQK, k_BHTK = (F.pad(t, (0, values - keys)) for t in (q_BHQK, k_BHTK))
+    elif q_BHQK.device.type == "cpu" and values < keys:
+        v_BHTV = F.pad(v_BHTV, (0, keys - values))
+    mixed = F.scaled_dot_product_attention(
+        q_BHQK, k_BHTK, v_BHTV, attn_mask=bias, dropout_p=dropout, scale=scale
+    )
+    return mixed[..., :values]
+
+
 class CompressedAttention(nn.Module):
     """timm's `Attention` with separate query/key and value widths; parameter names are timm's.
 
@@ -58,9 +84,7 @@ class CompressedAttention(nn.Module):
             mixed, received, class_row = self._means(q, k, v, bias)
         else:
             dropout = self.attn_drop.p if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale
-            )
+            mixed = fused_attention(q, k, v, bias=bias, dropout=dropout, scale=self.scale)
         out = self.norm(mixed.transpose(1, 2).flatten(2))
         return Attended(self.proj_drop(self.proj(out)), q, k, v, attn, received, class_row)
 
@@ -129,5 +153,5 @@ class PyramidAttention(nn.Module):
         k, v = self.kv(x_BTD).split([self.heads * self.qk_dim, self.heads * self.v_dim], dim=-1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         dropout = self.attn_drop.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed = fused_attention(q, k, v, dropout=dropout)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
