@@ -120,6 +120,11 @@ class CompressedBlock(nn.Module):
                     f"the aggregator {type(aggregator).__name__} kept {assignment.keep_BR.shape[1]} tokens, "
                     f"expected at least {self.tokens_out}"
                 )
+            if assignment.prune_BP.shape[1] == 0:  # asked again, it would answer the same for ever
+                raise PlanError(
+                    f"the aggregator {type(aggregator).__name__} prunes nothing of {assignment.keep_BR.shape[1]} "
+                    f"tokens, where {self.tokens_out} should stay"
+                )
             x_BTD, state = reduce_tokens(
                 x_BTD, state, assignment, prefix=self.prefix, absorb_scores=aggregator.absorb_scores
             )
