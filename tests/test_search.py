@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,9 +16,10 @@ from tiny import tiny_config
 from ucc_search import estimate, workbench, worker
 from ucc_search.analysis import pareto_front
 from ucc_search.builtin import importances
+from ucc_search.campaign import Campaign, Job
 from ucc_search.costs import cost
 from ucc_search.data import load_data
-from ucc_search.errors import ConfigError, PlanError, PluginError
+from ucc_search.errors import ConfigError, PlanError, PluginError, RunError
 from ucc_search.interfaces import ComponentRef
 from ucc_search.ladder import climbing, levels
 from ucc_search.plan import CompressionPlan
@@ -26,8 +28,11 @@ from ucc_search.proposer import Proposer
 from ucc_search.runner import Interrupted, exit_code, search
 from ucc_search.runs import Run
 from ucc_search.saving import load_model
+from ucc_search.schedule import Scheduler
 from ucc_search.scoring import score_units
-from ucc_search.store import TrialRow
+from ucc_search.shapes import model_shape
+from ucc_search.space import SearchSpace
+from ucc_search.store import RunStore, TrialRow
 
 KINDS = ("scorer", "aggregator", "cascade")
 
@@ -58,6 +63,12 @@ def finished(_cache, tmp_path_factory) -> Run:
 def job_of(row: TrialRow) -> tuple:
     """What a run must do exactly once; proposals differ by their number alone."""
     return row.method, row.target, row.rung, row.seed
+
+
+def outcome_of(row: TrialRow) -> tuple:
+    """All of a row that does not depend on the clock."""
+    measured = (row.state, row.kl, row.accuracy, row.test_accuracy, row.loss)
+    return (*job_of(row), row.id, row.parent, row.proposal, row.plan_key, row.params_searched, *measured)
 
 
 def first_rung(run: Run) -> list[TrialRow]:
@@ -224,6 +235,7 @@ def test_an_interrupted_run_goes_on_with_every_trial_exactly_once(
     monkeypatch.undo()
     resumed = search(CONFIG, out=path, resume=True)
     assert resumed.rows[: len(before)] == before
+    assert [outcome_of(r) for r in resumed.rows] == [outcome_of(r) for r in finished.rows]
     assert len({r.id for r in resumed.rows}) == len(resumed.rows)
     fixed = [job_of(r) for r in resumed.rows if r.parent is None]
     assert Counter(fixed) == Counter(job_of(r) for r in finished.rows if r.parent is None)
@@ -239,6 +251,57 @@ def test_an_interrupted_run_goes_on_with_every_trial_exactly_once(
         for t in optuna.load_study(study_name=s, storage=storage).trials
     ]
     assert sorted(told) == sorted(r.id for r in first_rung(resumed))
+
+
+@pytest.mark.parametrize("where", ["here", "in the worker"])
+def test_a_full_disk_stops_the_run_in_a_sentence_and_loses_nothing(where, finished, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def log(line: str) -> None:
+        if line.startswith("[4]"):
+            monkeypatch.setattr(*((os, "fsync", full) if where == "here" else (worker, "_measure", full)))
+
+    with pytest.raises(RunError, match=r"run: cannot be written \(.*No space left.*--resume"):
+        search(CONFIG, out=path, log=log)
+    monkeypatch.undo()
+    assert len(Run(path).rows) == 5
+    resumed = search(CONFIG, out=path, resume=True)
+    assert [outcome_of(r) for r in resumed.rows] == [outcome_of(r) for r in finished.rows]
+
+
+def test_proposals_in_flight_when_a_run_is_killed_are_made_again_as_they_were(tmp_path):
+    """Several at a time, finished in another order: what was lost comes first, on the same plans and ids."""
+    config = tiny_config(search={"trials": 12, "promote": 0})
+    plugins = Plugins.load()
+    shape = model_shape(config)
+    space = SearchSpace.of(config.space, shape, plugins)
+    store = RunStore.create(tmp_path / "run", config, {})
+
+    def start() -> Campaign:
+        return Campaign(config, plugins, Scheduler(config, shape, plugins), space, store)
+
+    def outcome(job: Job) -> dict:
+        return {"state": "ok", "kl": float(sum(job.plan.tokens)), "accuracy": 0.5}
+
+    campaign = start()
+    jobs = [campaign.next_job() for _ in range(4)]
+    for number in (2, 0, 3):
+        campaign.finish(jobs[number].id, outcome(jobs[number]))
+        jobs.append(campaign.next_job())
+    campaign.finish(jobs[5].id, outcome(jobs[5]))
+    lost = [jobs[1], jobs[4]]
+    again = start()
+    made = [again.next_job() for _ in lost]
+    assert [(j.id, j.proposal, j.plan, j.params) for j in made] == [
+        (j.id, j.proposal, j.plan, j.params) for j in lost
+    ]
+    assert again.next_job().proposal == jobs[6].proposal, "and then the one that nobody knew of"
+    assert again.next_job().proposal == 7
+    numbers = [r.known for r in store.rows()]
+    assert numbers == [0, 0, 0, 2]
 
 
 def test_resuming_a_finished_run_measures_nothing(finished, monkeypatch):

@@ -17,7 +17,7 @@ from ucc_search.environment import environment
 from ucc_search.errors import BudgetError, RunError
 from ucc_search.plan import CompressionPlan
 from ucc_search.runs import Run, load_run
-from ucc_search.store import RunStore, TrialRow, plan_key
+from ucc_search.store import RunStore, TrialRow, heal_journal, plan_key
 from ucc_search.units import format_macs, format_params, parse_amount
 
 
@@ -62,6 +62,68 @@ def test_damage_in_the_middle_is_named_and_loses_nothing(store):
         with pytest.raises(RunError, match="line 2 is damaged"):
             use()
     assert path.read_text() == damaged
+
+
+def test_records_are_read_once_however_many_are_appended(store, monkeypatch):
+    """Parsed anew each time, a run of n trials would take n squared."""
+    store.append(row(0))
+    again, reads = RunStore.open(store.path), []
+    parse = RunStore._lines
+    monkeypatch.setattr(RunStore, "_lines", lambda self: reads.append(1) or parse(self))
+    for i in range(1, 6):
+        again.append(row(i))
+    assert len(reads) == 1
+    monkeypatch.undo()
+    assert [r.id for r in store.rows()] == list(range(6))
+
+
+@pytest.fixture
+def full_disk():
+    """Files may not grow beyond so many bytes, as if the disk had no more."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_the_record_whole(store, full_disk):
+    store.append(row(0))
+    path = store.path / "trials.jsonl"
+    before = path.read_bytes()
+    full_disk(len(before) + 100)
+    with pytest.raises(RunError, match=r"cannot be written \(File too large\).*go on with --resume"):
+        store.append(row(1))
+    assert path.read_bytes() == before
+    full_disk(10 * len(before))
+    store.append(row(1))
+    assert [r.id for r in store.rows()] == [0, 1]
+
+
+def test_a_full_disk_leaves_no_half_of_a_trial_folder(store, full_disk):
+    plan = CompressionPlan.identity(deit_shape("tiny"))
+    full_disk(50)
+    with pytest.raises(RunError, match="cannot be written"):
+        store.write_trial(0, {}, plan)
+    assert [p.name for p in store.folder(0).iterdir()] == ["params.json"]
+
+
+def test_the_study_is_healed_of_what_a_kill_left(tmp_path):
+    journal = tmp_path / "study.journal"
+    journal.write_text('{"op_code":0}\n{"op_')
+    (tmp_path / "study.journal.lock").symlink_to(journal)
+    (tmp_path / "study.journal.lock1234.rename").symlink_to(journal)
+    heal_journal(journal)
+    assert journal.read_text() == '{"op_code":0}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["study.journal"]
+    heal_journal(tmp_path / "none yet")
+
+
+def test_a_folder_that_was_never_finished_is_taken_over(tmp_path):
+    """A kill while it was made leaves the environment but no configuration: neither a run nor in the way."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "environment.json").write_text("{}")
+    (tmp_path / "run" / "config.resolved.yaml.part").write_text("na")
+    assert RunStore.create(tmp_path / "run", config(), {}).rows() == []
 
 
 def test_line_without_required_keys_is_named(store):

@@ -171,6 +171,65 @@ def test_runs_repeat_by_seed():
     assert first != losses(seed=1)
 
 
+def stopped_and_resumed(folder, **changes):
+    """Losses and average of a training in one go, and of one that was stopped at step 5 of 12."""
+    settings = config(augment={"crop_padding": 1, "mixup": 0.5}, ema={"decay": 0.9}, **changes)
+    found = []
+    for stop in (None, 5):
+        module = mixing_module(settings)
+        images = Subset(digits().train, 100)  # an epoch is three steps
+        if stop:
+            fit(module, images, settings, seed=3, stop=stop, save=folder / "state")
+            torch.manual_seed(99)
+            module = mixing_module(settings, seed=8)
+        resume = folder / "state" if stop else None
+        found.append(fit(module, images, settings, seed=3, resume=resume))
+    return found
+
+
+def mixing_module(settings, seed=0):
+    return TaskLoss(loss_module(seed).model, classes=10, label_smoothing=0.1, augment=settings.augment)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(rounds, tmp_path):
+    """Same images in the same order, same augmentation, optimiser, learning rates and average: bit for bit."""
+    whole, resumed = stopped_and_resumed(tmp_path, gradient_accumulation=rounds)
+    assert (whole.continued, resumed.continued) == (0, 5)
+    assert resumed.losses == whole.losses
+    assert resumed.parts == whole.parts
+    pairs = zip(whole.averaged.parameters(), resumed.averaged.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_stopped_training_has_learnt_at_the_rates_of_the_whole(tmp_path):
+    settings = config()
+    short = fit(loss_module(), digits().train, settings, seed=0, stop=5).losses
+    assert short == losses()[:5]
+
+
+STOPPED_DEEPSPEED = """
+import sys
+from pathlib import Path
+import torch
+from test_train import stopped_and_resumed
+torch.set_num_threads(1)
+for stage in (0, 2):
+    folder = Path(sys.argv[1]) / str(stage)
+    folder.mkdir()
+    whole, resumed = stopped_and_resumed(folder, engine="deepspeed", zero_stage=stage)
+    print(resumed.continued, max(abs(a - b) for a, b in zip(whole.losses, resumed.losses, strict=True)))
+"""
+
+
+@pytest.mark.slow
+def test_deepspeed_goes_on_where_it_was_stopped(tmp_path):
+    out, _ = in_new_process(STOPPED_DEEPSPEED, tmp_path, str(tmp_path))
+    found = [line.split() for line in out.splitlines() if line.startswith("5 ")]
+    assert len(found) == 2
+    assert all(float(difference) < 1e-6 for _, difference in found)
+
+
 def test_accumulated_gradients_equal_those_of_the_whole_batch():
     # The small batches of an epoch cut the same shuffled order, so they add up to the big ones.
     assert losses(gradient_accumulation=4) == pytest.approx(losses(), abs=1e-5)

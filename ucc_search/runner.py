@@ -100,7 +100,7 @@ def search(
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; continue with --resume --out {path}") from None
         finally:
-            Run(path).write_tables()
+            _write_tables(path, log)
             observers.run_finished(path)
         estimate.remember(campaign.rows, config)
         if config.search.keep_weights == "front":
@@ -108,6 +108,14 @@ def search(
         (store.path / FINISHED).touch()
         log(f"{len(campaign.rows)} trials in {time.monotonic() - start:.0f} s, in {path}")
     return Run(path)
+
+
+def _write_tables(path: Path, log: Log) -> None:
+    """They follow from the rows and are written again by --resume, so a full disk must not hide what went wrong."""
+    try:
+        Run(path).write_tables()
+    except OSError as error:
+        log(f"{path}: the tables could not be written ({error.strerror or error})")
 
 
 def _drop_weights(store: RunStore) -> None:

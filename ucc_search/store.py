@@ -126,7 +126,11 @@ class RunStore:
     def refuse_taken(path: Path) -> None:
         """RunError if something is there already, or nobody may look."""
         try:
-            taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+            # What a command that was killed while it made the folder has left is no run.
+            unfinished = {ENVIRONMENT, *(f"{name}.part" for name in (ENVIRONMENT, CONFIG))}
+            taken = path.exists() and (
+                not path.is_dir() or any(p.name not in unfinished for p in path.iterdir())
+            )
         except OSError as error:
             raise RunError(f"{path}: cannot be read ({error.strerror}); choose another --out") from None
         if taken:

@@ -20,6 +20,7 @@ from typing import Any
 DEATHS = 3
 """So often a trial's worker process may die before the trial is filed as failed."""
 _READY = "ready"
+_CODE = "from ucc_search.supervisor import serve; serve({fd})"
 _GRACE = 60.0  # seconds after which the kernel ends a process whose supervisor has gone without it
 
 
@@ -95,11 +96,10 @@ class Supervisor:
             return self._pipe
         self.end()
         ours, theirs = Pipe()
-        code = f"from ucc_search.supervisor import serve; serve({theirs.fileno()})"
         # Plugins given by name are found where this process finds them.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
         self._process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", _CODE.format(fd=theirs.fileno())],
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],

@@ -67,7 +67,7 @@ def print_analysis(run: Run, console: Console) -> None:
     failures = analysis.failures_by_class(rows)
     if failures:
         show(console, _failures_grid(rows, failures))
-    correlation = _correlation_line(analysis.rank_correlation(rows))
+    correlation = "\n".join(filter(None, map(_correlation_line, analysis.rank_correlations(rows))))
     progress = "\n".join(filter(None, (_progress_line(rows, rung) for rung in analysis.RUNGS)))
     for line in filter(None, (progress, correlation, _next_line(run, front))):
         _line(console, f"\n{line}")
@@ -78,7 +78,7 @@ def analysis_json(run: Run) -> dict[str, Any]:
 
     Keys:
         format: 1; changes when a key changes its meaning or goes.
-        run: `Run.summary()`: path, name, model, data, trials, ok, failed, infeasible, rungs (trials by
+        run: `Run.summary()`: path, name, model, data, trials, ok, stopped, failed, infeasible, rungs (trials by
             rung), targets, seconds.
         rung, fidelity: of the front: train or zero-shot, and optimiser steps; null without a front.
         dense: the uncompressed model as a point, or null.
@@ -95,7 +95,9 @@ def analysis_json(run: Run) -> dict[str, Any]:
         importances, blocks, sensitivity: what moved the quality; fields of `influence.Importance`,
             `influence.BlockImportance` and `influence.Sensitivity`.
         failures: {class: trials}.
-        rank_correlation: {pairs, across, within: {method: value}, by_target: {target: value}}.
+        rank_correlation: {pairs, across, within: {method: value}, by_target: {target: value}, cheap, dear}, of
+            zero-shot KL with trained accuracy.
+        rank_correlations: the same for each pair of rungs.
         next: a command, or null.
     """
     rows = run.rows
@@ -122,6 +124,7 @@ def analysis_json(run: Run) -> dict[str, Any]:
         "sensitivity": [asdict(s) for s in block_sensitivity(rows)],
         "failures": analysis.failures_by_class(rows),
         "rank_correlation": asdict(analysis.rank_correlation(rows)),
+        "rank_correlations": [asdict(found) for found in analysis.rank_correlations(rows)],
         "next": _pick_command(run, front),
     }
 
@@ -284,9 +287,9 @@ def _line(console: Console, text: str) -> None:
 
 def _headline(run: Run) -> str:
     about = run.summary()
-    states = [f"{about['ok']} ok", f"{about['failed']} failed" if about["failed"] else ""]
-    states.append(f"{about['infeasible']} over budget" if about["infeasible"] else "")
-    trials = f"{about['trials']} trials ({', '.join(filter(None, states))})"
+    words = {"stopped": "stopped at a rung", "failed": "failed", "infeasible": "over budget"}
+    states = [f"{about['ok']} ok", *(f"{about[k]} {word}" for k, word in words.items() if about[k])]
+    trials = f"{about['trials']} trials ({', '.join(states)})"
     return f"{about['name']}: {about['model']} on {about['data']}, {trials}\n{UNITS}"
 
 
@@ -422,7 +425,14 @@ def _correlation_line(found: analysis.RankCorrelation) -> str:
     parts = [f"{found.across:+.2f} over all {found.pairs} pairs"]
     parts += [f"within {', '.join(within)}"] if within else []
     parts += [f"at {', '.join(targets)}"] if targets else []
-    return f"Rank correlation of zero-shot KL with trained accuracy (1: same order): {'; '.join(parts)}"
+    rungs = f"{_measured_by(found.cheap)} with {_measured_by(found.dear)}"
+    return f"Rank correlation of {rungs} (1: same order): {'; '.join(parts)}"
+
+
+def _measured_by(rung: str) -> str:
+    if rung == "zero-shot":
+        return "zero-shot KL"
+    return rung.replace("train", "trained accuracy", 1).replace(" to step", " at step")
 
 
 def _next_line(run: Run, front: Sequence[Point]) -> str:
