@@ -74,7 +74,7 @@ def _apart(
     moved = {}
     for i in sorted((i for i in at if i not in fixed), key=lambda i: (at[i][1], i)):
         x, y = at[i]
-        tries = [x + side * 13 * n for n in range(5) for side in ((1, -1) if n else (1,))]
+        tries = [x + side * 13 * n for n in range(4) for side in ((1, -1) if n else (1,))]
         free = (
             t for t in tries if low <= t <= high and all(abs(t - a) > 12 or abs(y - b) > 12 for a, b in taken)
         )
@@ -162,7 +162,11 @@ def _whole(scale: Scale, count: int) -> list[tuple[float, str]]:
 
 
 def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    """The middle goes: names of one family differ at their ends."""
+    if len(text) <= length:
+        return text
+    front = (length - 1) // 2
+    return f"{text[:front]}…{text[front + 1 - length :]}"
 
 
 def shares_chart(

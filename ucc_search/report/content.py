@@ -126,6 +126,7 @@ def _front(
     scale = charts.unit_of([*points, dense] if dense else points)[1]
     return {
         "chart": responsive(lambda width: charts.front_chart(points, front, knee, dense, width)),
+        "origins": sorted({p.origin for p in points}),
         "rows": [_row(p, p is knee, scale) for p in front],
         "dense": _row(dense, False, scale) if dense else None,
     }
@@ -311,7 +312,8 @@ def _space(run: Run) -> dict[str, Any]:
 def _flat_text(data: Mapping[str, Any]) -> str:
     from ucc_search.comparison import flatten
 
-    return "; ".join(f"{k} {v}" for k, v in flatten(dict(data)).items() if k and v not in ("", "None"))
+    found = flatten({"": dict(data)} if "low" in data else dict(data))
+    return "; ".join(f"{k} {v}".strip(" .") for k, v in found.items() if v not in ("", "None"))
 
 
 def _influence(rows: Sequence[TrialRow]) -> list[dict[str, Any]]:
@@ -345,7 +347,7 @@ def _progress(rows: Sequence[TrialRow], as_finished: Sequence[TrialRow]) -> dict
         values = [float((t.accuracy if trained else t.kl) or 0.0) for t in trials]
         best_of = max if trained else min
         so_far = [best_of(values[: i + 1]) for i in range(len(values))]
-        best[target] = [(i + 1, v * (100 if trained else 1)) for i, v in enumerate(so_far)]
+        best[in_words(target)] = [(i + 1, v * (100 if trained else 1)) for i, v in enumerate(so_far)]
     name = "best selection accuracy so far, %" if trained else "least KL so far, nats"
     rung = "train" if trained else "zero-shot"
     history = analysis.hypervolume_history(as_finished, rung)

@@ -17,7 +17,7 @@
     row.setAttribute("role", "img");
     row.setAttribute("aria-label", `${name} by block: ${values.map((v) => v[0]).join(", ")}`);
     for (const [text, share] of values) {
-      const bar = make("i");
+      const bar = make("i", undefined, name.split(" ")[0].toLowerCase());
       bar.style.height = `${Math.round((share ?? 0) * 50)}px`;
       const column = make("span", values.length > 16 ? "" : text);
       column.append(bar);
