@@ -229,7 +229,8 @@ class Baseline(ComponentChoices):
     def _fixed(self) -> Baseline:
         for kind in ("scorer", "aggregator", "cascade", "distiller", "importance"):
             refs = getattr(self, kind)
-            searched = [k for ref in refs for k, v in ref.params.items() if isinstance(v, Mapping)]
+            values = [v for ref in refs for v in ref.params.values()]
+            searched = [v for v in values if isinstance(v, Mapping) or v == "search"]
             if len(refs) > 1 or searched:
                 raise ValueError(f"{kind} of a baseline must be one component with fixed parameters")
         return self
@@ -690,6 +691,24 @@ def _override(data: dict[str, Any], text: str) -> None:
             raise ConfigError(f"--set {text!r}: {part!r} is not a section")
         node = child
     node[leaf] = parsed
+
+
+def parse_pairs(pairs: Sequence[str], option: str) -> dict[str, Any]:
+    """`key=value` texts as a mapping; values are YAML.
+
+    Raises:
+        ConfigError: a text without a key.
+    """
+    found: dict[str, Any] = {}
+    for text in pairs:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{option} {text!r}: expected key=value")
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{option} {text!r}: the value is not valid YAML") from None
+    return found
 
 
 def _explain(error: ValidationError, source: str) -> str:

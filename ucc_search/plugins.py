@@ -61,6 +61,8 @@ BASES = {
 ENVIRONMENT = "UCC_SEARCH_PLUGINS"
 STRICT = "UCC_SEARCH_STRICT"
 BUILTIN = "builtin"
+SEARCH = "search"
+"""In a space file: the value of a parameter that is searched over the range its plugin declares."""
 
 
 @dataclass
@@ -180,7 +182,7 @@ class Plugins:
                 raise PluginError(_trouble(record))
         for kind, names in self.collisions.items():
             for name, owners in names.items():
-                raise PluginError(self._collision(kind, name, owners))
+                raise PluginError(self.collision(kind, name, owners))
 
     def _add(self, source: Source, expected: Mapping[str, str] | None) -> None:
         record = PluginRecord(source.name, source.origin, version=source.version, installed=source.installed)
@@ -268,6 +270,10 @@ class Plugins:
         }
         return {kind: names for kind, names in claimed.items() if names}
 
+    def offers(self, kind: str) -> dict[str, list[str]]:
+        """Component names of a kind, each with the plugins that claim it."""
+        return {name: list(owners) for name, owners in sorted(self._of(kind).items())}
+
     def names(self, kind: str) -> list[str]:
         """Component names of a kind (`scorer`, `aggregator`, `cascade`, `distiller`, `importance`)."""
         return sorted(self._of(kind))
@@ -293,7 +299,7 @@ class Plugins:
         if not offers:
             raise PluginError(self._unknown(kind, name))
         if len(offers) > 1:
-            raise PluginError(self._collision(kind, name, list(offers)))
+            raise PluginError(self.collision(kind, name, list(offers)))
         return next(iter(offers.items()))
 
     def _unknown(self, kind: str, name: str) -> str:
@@ -304,13 +310,33 @@ class Plugins:
         note = f"; note that {absent}" if absent else ""
         return f"unknown {kind} {name!r}{near} (available: {', '.join(names)}){note}"
 
-    def _collision(self, kind: str, name: str, owners: Sequence[str]) -> str:
+    def collision(self, kind: str, name: str, owners: Sequence[str]) -> str:
+        """One sentence: who claims the name, and what to do."""
         records = {r.name: r for r in self.records if r.status == "ok"}
         who = " and ".join(f"{o!r} ({_who(records[o])})" for o in owners)
         return (
             f"{kind} {name!r} comes from both {who}; leave one out with --disable-plugin {owners[-1]}, "
             f"or write {owners[0]}/{name}"
         )
+
+    def with_ranges(self, kind: str, ref: ComponentRef) -> ComponentRef:
+        """The same component with the range that its plugin declares where a parameter says `search`.
+
+        Raises:
+            PluginError: an unknown component, or a parameter without a declared range.
+        """
+        asked = [key for key, value in ref.params.items() if value == SEARCH]
+        if not asked:
+            return ref
+        self._check_parameters(kind, ref)
+        ranges = self.describe(kind, ref.name)["ranges"]
+        for key in asked:
+            if key not in ranges:
+                raise PluginError(
+                    f"{kind} {ref.name!r} declares no range for {key} (it declares: {', '.join(ranges) or 'none'}); "
+                    f"give one: {key}: {{low: ..., high: ...}}"
+                )
+        return ComponentRef(ref.name, {k: ranges[k] if k in asked else v for k, v in ref.params.items()})
 
     def check(self, kind: str, ref: ComponentRef) -> None:
         """Check a component's name and its parameters' names; values may still be ranges.

@@ -1,4 +1,4 @@
-"""What the commands that change nothing show: plan, models inspect, plugins list. Text and JSON."""
+"""What the commands that change nothing show: plan and models inspect. Text and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ucc_search.interfaces import INFERENCE_KINDS
 from ucc_search.ladder import levels
 from ucc_search.observers import Observers
 from ucc_search.plan import ModelShape
-from ucc_search.plugins import HOOKS, Plugins
+from ucc_search.plugins import Plugins
 from ucc_search.schedule import Scheduler, candidate_of, check_budgets
 from ucc_search.shapes import model_shape, train_images
 from ucc_search.space import SearchSpace
@@ -191,32 +191,4 @@ def inspect_text(found: dict[str, Any]) -> str:
         )
     if not widths["embed"]:
         lines.append("                (the embedding cannot: the attention pooling reads it)")
-    return "\n".join(lines)
-
-
-def plugins_json(plugins: Plugins) -> dict[str, Any]:
-    """`plugins list`: records in the order of loading, and every component described."""
-    components = [
-        plugins.describe(kind, f"{owner}/{name}")
-        for kind, hook in HOOKS.items()
-        for record in plugins.records
-        if record.status == "ok"
-        for owner in [record.name]
-        for name in record.provides.get(hook, ())
-    ]
-    return {"plugins": [vars(r) for r in plugins.records], "components": components}
-
-
-def plugins_text(found: dict[str, Any]) -> str:
-    """`plugins_json` for people."""
-    lines = []
-    for record in found["plugins"]:
-        version = f" {record['version']}" if record["version"] else ""
-        lines.append(f"{record['name']}{version}  {record['status']}  ({record['origin']})")
-        if record["error"]:
-            lines.append(f"  {record['error']}")
-        for component in found["components"]:
-            if component["plugin"] == record["name"] and record["status"] == "ok":
-                name = component["name"].rpartition("/")[2]
-                lines.append(f"  {component['kind']:<11} {name:<16} {component['summary']}")
     return "\n".join(lines)

@@ -53,6 +53,8 @@ class SearchSpace:
             ConfigError: a parameter range that is no range.
         """
         dimensions: list[Dimension] = []
+        declared = {k: tuple(plugins.with_ranges(k, ref) for ref in getattr(config, k)) for k in KINDS}
+        config = config.model_copy(update=declared)
         for kind in KINDS:
             refs: Sequence[ComponentRef] = getattr(config, kind)
             if len(refs) > 1:

@@ -29,7 +29,7 @@ from ucc_search.interfaces import (
 )
 from ucc_search.testing.core import Broken, Check, Result, run_checks
 
-__all__ = ["Broken", "Check", "Result", "assert_conforms", "checks_for", "conformance"]
+__all__ = ["Broken", "Check", "Result", "assert_conforms", "checks_for", "conformance", "run_checks"]
 
 
 def checks_for(component: Component) -> tuple[Check, ...]:
