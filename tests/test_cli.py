@@ -94,6 +94,11 @@ def sets(*overrides: str) -> tuple[str, ...]:
 
 # Arguments, and what the sentence must say: where, what came, what is allowed or what to do.
 WRONG = {
+    "nothing to compare": (("compare", "space.yaml"), ["compare", "name your method", "--scorer my_score"]),
+    "an unknown contender": (
+        ("compare", "space.yaml", "--scorer", "spectrl", "--out", "new"),
+        ["unknown scorer 'spectrl'", "did you mean 'spectral'?"],
+    ),
     "missing space": (("search", "spcae.yaml", "--out", "new"), ["spcae.yaml", "did you mean 'space.yaml'"]),
     "folder as space": (("plan", "empty"), ["empty", "cannot be read", "YAML file"]),
     "YAML syntax": (("plan", "torn.yaml"), ["torn.yaml", "not valid YAML at line 2, column 6"]),

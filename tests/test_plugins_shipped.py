@@ -1,10 +1,11 @@
-"""The packages under `plugins/`: complete, light, on the public hooks alone, and keeping the contract."""
+"""The packages under `plugins/`: complete, light, on the public hooks alone; and the tutorial that compares with them."""
 
 from __future__ import annotations
 
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from views import token_view
 
+from ucc_search.interfaces import ComponentRef
 from ucc_search.plugins import HOOKS, Plugins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,3 +131,57 @@ def test_all_packages_install_into_a_fresh_environment(fresh):
         p["name"]: p["status"] for p in listed["plugins"] if p["origin"].startswith("package ucc-plugin-")
     }
     assert status == {p.name.removeprefix("ucc-plugin-"): "ok" for p in PACKAGES}
+
+
+TUTORIAL = (ROOT / "docs" / "tutorial-scorer.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TUTORIAL, re.DOTALL)
+
+
+def test_the_tutorials_scorer_is_a_dozen_lines_that_work(tmp_path):
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    (tmp_path / "my_scorer.py").write_text(code, encoding="utf-8")
+    plugins = Plugins.load([str(tmp_path / "my_scorer.py")], entry_points=False, environment=False)
+    view = token_view(torch.tensor([[[0.0, 0.0], [1.0, 1.0], [5.0, 1.0]]]))
+    scores_BN = plugins.build("scorer", ComponentRef("unusual")).score(view)
+    mean = torch.tensor([2.0, 2 / 3])
+    torch.testing.assert_close(scores_BN[0], (view.patches_BND[0] - mean).norm(dim=1))
+
+
+def test_the_tutorial_compares_in_one_command():
+    commands = [line for block in blocks("console") for line in block.splitlines()]
+    assert all(line.startswith("$ ") for line in commands)
+    assert len([line for line in commands if " compare " in line]) == 1
+
+
+@pytest.mark.slow
+def test_the_tutorial_works_as_written(fresh):
+    """Every command in its order, with less training behind those that train."""
+    (fresh.folder / "my_scorer.py").write_text(blocks("python")[0], encoding="utf-8")
+    less = [
+        *("train.epochs=null", "train.steps=2", "teacher.epochs=null", "teacher.steps=20"),
+        *("search.seeds=[0]", "search.executor=local"),
+    ]
+    for block in blocks("console"):
+        for line in block.splitlines():
+            command = line.removeprefix("$ ")
+            if command.startswith(("ucc-search compare", "ucc-search search")):
+                command += "".join(f" --set {setting}" for setting in less)
+            if "search.trials" in command:
+                command += " --set search.trials=2"
+            output = fresh.run(command)
+            if command.startswith("ucc-search compare"):
+                for method in (
+                    "unusual",
+                    "tome",
+                    "evit",
+                    "dynamic-vit",
+                    "tps",
+                    "diffrate",
+                    "zero-tprune",
+                    "ucc",
+                ):
+                    assert len(re.findall(rf"^macs=\d+% +{method} ", output, re.MULTILINE)) == 2, method
