@@ -18,11 +18,19 @@ from views import token_view
 
 from ucc_search.interfaces import ComponentRef
 from ucc_search.plugins import HOOKS, Plugins
+from ucc_search.testing import assert_conforms
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = sorted(p.parent for p in (ROOT / "plugins").glob("*/pyproject.toml"))
 PUBLIC = {"ucc_search", "ucc_search.interfaces", "ucc_search.builtin.aggregators"}
 """What a package may import of ours: the public names, the contract, and built-in aggregators to extend."""
+OTHER_SETTINGS = {
+    ("aggregator", "tome"): [{"feature": "tokens", "proportional": False}],
+    ("aggregator", "evit"): [{"fuse": False}],
+    ("aggregator", "diffrate"): [{"dropped": 0.0}, {"dropped": 1.0}],
+    ("aggregator", "zero_tprune"): [{"similar": 0.0}, {"similar": 1.0}],
+}
+"""Parameters beside the defaults, by which the code takes other ways."""
 
 
 @pytest.fixture(params=PACKAGES, ids=lambda path: path.name)
@@ -72,15 +80,17 @@ def test_it_uses_the_public_hooks_alone_and_loads_no_torch(package):
     assert "torch" not in {getattr(n, "module", None) or n.names[0].name for n in at_import}
 
 
-def test_its_components_have_summaries_and_build_with_their_defaults(package):
+def test_its_components_keep_the_contract(package):
     plugins = Plugins.load([str(package.source)], entry_points=False, environment=False, strict=True)
     (record,) = [r for r in plugins.records if r.name == package.source.stem]
     assert record.provides
     for kind, hook in HOOKS.items():
         for name in record.provides.get(hook, ()):
             described = plugins.describe(kind, name)
-            assert described["summary"].endswith((".", ":"))
+            assert described["summary"].endswith(".")
             assert not described["required"]
+            for params in [{}, *OTHER_SETTINGS.get((kind, name), ())]:
+                assert_conforms(plugins.build(kind, ComponentRef(name, params)))
 
 
 @pytest.fixture(scope="module")
