@@ -7,8 +7,14 @@ from timm.models.vision_transformer import VisionTransformer
 
 import ucc_search
 from ucc_search.interfaces import ComponentRef
+from ucc_search.testing import assert_conforms
 
 MODULE = Path(__file__).resolve().parent.parent / "ucc_plugin_minimal.py"
+
+
+def test_it_keeps_the_contract_of_a_scorer():
+    plugins = ucc_search.Plugins.load([str(MODULE)], entry_points=False, environment=False)
+    assert_conforms(plugins.build("scorer", ComponentRef("l2_norm")))
 
 
 def test_it_loads_is_costed_and_keeps_the_largest_tokens():
