@@ -45,7 +45,7 @@ from ucc_search.store import plan_key
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACES = {"tokens": "fashion_mnist_ucc.yaml", "tokens-widths": "fashion_mnist_ucc_upvit.yaml"}
-IMAGES = 500
+IMAGES = 250
 BUDGET = "50%"
 Point = dict[str, Any]
 Measure = Callable[[Point], "float | None"]

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import deit_shape
 
-from ucc_search.budget import Budget, budgets, project, with_tokens
+from ucc_search.budget import Budget, budgets, project, whole_tokens, with_tokens
 from ucc_search.builtin.aggregators import Bipartite, Drop, Host
 from ucc_search.builtin.cascades import Constant, Geometric, PerBlock, Staged
 from ucc_search.builtin.scorers import Joint, Random
 from ucc_search.config import BudgetConfig
-from ucc_search.costs import cost
+from ucc_search.costs import Pricer, cost
 from ucc_search.errors import BudgetError
 from ucc_search.interfaces import Components, ScheduleRequest
 from ucc_search.plan import CompressionPlan
@@ -45,6 +45,16 @@ def kept(plan):
 
 
 # Projection
+
+
+@cheaply
+@given(ratios, shares, components, starts, st.booleans())
+def test_remembered_prices_are_the_cost(keep, share, parts, start, often):
+    parts = Components(parts.scorer, parts.aggregator, PerBlock(score_every_block=often))
+    price = Pricer(parts)
+    for strength in (0.0, share / 2, share / 2, 0.9):
+        plan = with_tokens(start, whole_tokens(family(keep)(strength), SHAPE.tokens))
+        assert price(plan) == (cost(plan, parts).macs, cost(plan, parts).params)
 
 
 @cheaply

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ucc_search.config import BudgetConfig
-from ucc_search.costs import Cost, cost
+from ucc_search.costs import Cost, Price, Pricer, cost
 from ucc_search.errors import BudgetError
 from ucc_search.interfaces import Components
-from ucc_search.plan import CompressionPlan
+from ucc_search.plan import BlockPlan, CompressionPlan
 from ucc_search.units import format_macs, format_params, parse_amount
 from ucc_search.widths import Ratios, Widths
 
@@ -26,7 +26,7 @@ class Budget:
     max_macs: int | None = None
     max_params: int | None = None
 
-    def holds(self, value: Cost) -> bool:
+    def holds(self, value: Cost | Price) -> bool:
         within_macs = self.max_macs is None or value.macs <= self.max_macs
         return within_macs and (self.max_params is None or value.params <= self.max_params)
 
@@ -83,6 +83,7 @@ def project(
     components: Components,
     widths: Widths | None = None,
     ratios: Ratios | None = None,
+    price: Pricer | None = None,
 ) -> CompressionPlan:
     """The largest plan of a family that meets the budget, filled to the last token.
 
@@ -96,18 +97,23 @@ def project(
         plan: everything but tokens and widths.
         profile: real-valued tokens after each block for a strength from 0 to 1, non-increasing.
         widths: what may become narrower; None leaves all widths.
-        ratios: the proposed widths (see `Widths.at`).
+        ratios: the proposed widths (see `Widths.family`).
+        price: of plans with these components; one that is kept from call to call knows most blocks.
 
     Raises:
         BudgetError: even the strongest plan is too expensive.
     """
 
+    narrowed = widths.family(plan, ratios) if widths else None
+
     def at(strength: float) -> CompressionPlan:
-        narrow = widths.at(plan, ratios, strength) if widths else plan
+        narrow = narrowed(strength) if narrowed else plan
         return with_tokens(narrow, whole_tokens(profile(strength), plan.shape.tokens))
 
+    price = price or Pricer(components)
+
     def fits(candidate: CompressionPlan) -> bool:
-        return budget.holds(cost(candidate, components))
+        return budget.holds(price(candidate))
 
     strongest = at(1.0)
     if not fits(strongest):
@@ -115,39 +121,80 @@ def project(
         raise unreachable(budget, cost(strongest, components), dense, _advice(plan, narrows=bool(widths)))
     weakest = at(0.0)
     if fits(weakest):
-        return weakest
-    low, high = 0.0, 1.0  # `low` does not fit, `high` does
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(at(middle)) else (middle, high)
-    found, before, real = at(high), None, profile(high)
+        return weakest.replace()
+    found, high = _first_that_fits(at, fits, weakest, strongest)
+    before, real = None, profile(high)
     while found != before:
         # Tokens given back may end a cut, and what scoring it cost pays for another step of width.
         before = found
         found = _fill(_widen(found, widths, fits) if widths else found, real, fits)
-    return found
+    return found.replace()  # checked
+
+
+def _first_that_fits(
+    at: Callable[[float], CompressionPlan],
+    fits: Callable[[CompressionPlan], bool],
+    above: CompressionPlan,
+    below: CompressionPlan,
+) -> tuple[CompressionPlan, float]:
+    """The largest plan of the family that fits, and its strength, to 1e-12 or until no plan lies between.
+
+    Args:
+        above: at strength 0, does not fit.
+        below: at strength 1, fits.
+    """
+    low, high = 0.0, 1.0
+    while high - low > 1e-12 and not _one_token_apart(above, below):
+        middle = (low + high) / 2
+        plan = at(middle)
+        if fits(plan):
+            below, high = plan, middle
+        else:
+            above, low = plan, middle
+    return below, high
+
+
+def _one_token_apart(above: CompressionPlan, below: CompressionPlan) -> bool:
+    """Whether the plans differ by one token in one block and nothing else, so that none lies between."""
+    more = [(a, b) for a, b in zip(above.blocks, below.blocks, strict=True) if a != b]
+    if len(more) != 1 or above.embed_dims != below.embed_dims:
+        return False
+    a, b = more[0]
+    return a.tokens_out == b.tokens_out + 1 and replace(a, tokens_out=b.tokens_out) == b
 
 
 def _widen(plan: CompressionPlan, widths: Widths, fits: Callable[[CompressionPlan], bool]) -> CompressionPlan:
     """Single steps of width, as long as one fits."""
+    too_much: set[str] = set()  # a step that does not fit costs no less when others were taken
     while True:
-        wider = (with_tokens(p, plan.tokens) for p in widths.grown(plan))
-        candidate = next((p for p in wider if p != plan and fits(p)), None)
-        if candidate is None:
+        for name, narrow in widths.grown(plan, too_much):
+            wider = with_tokens(narrow, plan.tokens)
+            if wider != plan and fits(wider):
+                plan = wider
+                break
+            too_much.add(name)
+        else:
             return plan
-        plan = candidate
 
 
 def with_tokens(plan: CompressionPlan, tokens: Sequence[int]) -> CompressionPlan:
-    """The plan with these tokens; none are cut where nothing scores them or nothing reads them after."""
+    """The plan with these tokens; none are cut where nothing scores them or nothing reads them after.
+
+    Args:
+        tokens: from 1 to the model's, never growing with depth.
+    """
     if plan.shape.stages:
         return plan  # a pyramid's tokens are never cut
-    counts, left, head_block = [], plan.shape.tokens, plan.head_block
-    for i, (block, count) in enumerate(zip(plan.blocks, tokens, strict=True)):
-        if block.attention and (head_block is None or i < head_block):
+    blocks, left, head_block = [], plan.shape.tokens, plan.head_block
+    for i, (b, count) in enumerate(zip(plan.blocks, tokens, strict=True)):
+        if b.attention and (head_block is None or i < head_block):
             left = count
-        counts.append(left)
-    return plan.replace(tokens_out=counts)
+        blocks.append(
+            b
+            if b.tokens_out == left
+            else BlockPlan(left, b.heads, b.qk_dim, b.v_dim, b.mlp_hidden, b.mlp_rank, b.attention, b.mlp)
+        )
+    return plan.unchecked(blocks)
 
 
 def whole_tokens(real: Sequence[float], most: int) -> list[int]:

@@ -11,12 +11,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ucc_search.plan import WHOLE_FIELDS, BlockPlan, BlockShape, CompressionPlan
 
 if TYPE_CHECKING:
-    from ucc_search.interfaces import Components
+    from ucc_search.interfaces import Components, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +57,98 @@ def cost(plan: CompressionPlan, components: Components | None = None) -> Cost:
     from ucc_search.builtin import default_components
 
     parts = components or default_components()
-    shape = plan.shape
+    stem, head, params = ends_cost(plan)
+    attention = mlp = scorer = aggregator = 0
+    for index in range(plan.shape.depth):
+        attended, mixed, held = block_cost(plan, index)
+        attention, mlp, params = attention + attended, mlp + mixed, params + held
+    for site in parts.sites(plan):
+        scored, merged, held = site_cost(site, parts)
+        scorer, aggregator, params = scorer + scored, aggregator + merged, params + held
+    return Cost(stem, attention, mlp, scorer, aggregator, head, params)
+
+
+def ends_cost(plan: CompressionPlan) -> tuple[int, int, int]:
+    """(MACs of the stem, MACs of pooling and head, parameters of both)."""
     stem_macs, stem_params = stem_cost(plan)
     head_macs, head_params = head_cost(plan)
-    head_macs += shape.pool_macs_per_token * plan.tokens[-1]
-    attention = mlp = params = scorer = aggregator = 0
-    head_block, tokens_in, stage_of = plan.head_block, plan.tokens_in, shape.stage_of
-    for i, (block, full) in enumerate(zip(plan.blocks, shape.blocks, strict=True)):
-        dim = plan.embed_dims[stage_of[i]]
-        n_in = shape.prefix_tokens + tokens_in[i]
-        only_head = i == head_block
-        queries = shape.head_tokens if only_head else n_in
-        n_out = shape.head_tokens if only_head else shape.prefix_tokens + block.tokens_out
-        attention += attention_macs(block, full, dim, tokens=n_in, queries=queries)
-        mlp += mlp_macs(block, full, dim, tokens=n_out)
-        params += block_params(block, full, dim)
-    for site in parts.sites(plan):
-        scorer += parts.scorer.macs(site) if parts.aggregator.needs_scores else 0
-        params += parts.scorer.params(site) if parts.aggregator.needs_scores else 0
-        aggregator += parts.aggregator.macs(site) if site.tokens_out < site.tokens_in else 0
-    return Cost(stem_macs, attention, mlp, scorer, aggregator, head_macs, stem_params + head_params + params)
+    head_macs += plan.shape.pool_macs_per_token * plan.tokens[-1]
+    return stem_macs, head_macs, stem_params + head_params
+
+
+def block_cost(plan: CompressionPlan, index: int) -> tuple[int, int, int]:
+    """(MACs of attention, MACs of the MLP, parameters) of one block."""
+    shape, block, full = plan.shape, plan.blocks[index], plan.shape.blocks[index]
+    dim = plan.embed_dims[shape.stage_of[index]]
+    n_in = shape.prefix_tokens + plan.tokens_in[index]
+    only_head = index == plan.head_block
+    queries = shape.head_tokens if only_head else n_in
+    n_out = shape.head_tokens if only_head else shape.prefix_tokens + block.tokens_out
+    return (
+        attention_macs(block, full, dim, tokens=n_in, queries=queries),
+        mlp_macs(block, full, dim, tokens=n_out),
+        block_params(block, full, dim),
+    )
+
+
+def site_cost(site: Site, parts: Components) -> tuple[int, int, int]:
+    """(MACs of the scorer, MACs of the aggregator, parameters) of one place where tokens are scored."""
+    scores, cuts = parts.aggregator.needs_scores, site.tokens_out < site.tokens_in
+    return (
+        parts.scorer.macs(site) if scores else 0,
+        parts.aggregator.macs(site) if cuts else 0,
+        parts.scorer.params(site) if scores else 0,
+    )
+
+
+class Price(NamedTuple):
+    """What a budget looks at first; integers for one image."""
+
+    macs: int
+    params: int
+
+
+class Pricer:
+    """Prices plans of one model as `cost` does, and remembers every block it has priced.
+
+    A projection asks for the price of hundreds of plans that differ in a block or two.
+    """
+
+    def __init__(self, components: Components) -> None:
+        self._parts = components
+        self._known: dict[Any, Price] = {}
+
+    def __call__(self, plan: CompressionPlan) -> Price:
+        """Equal to `cost(plan, components)`."""
+        known, shape = self._known, plan.shape
+        ends = (plan.blocks[-1].tokens_out, *(getattr(plan, name) for name in WHOLE_FIELDS))
+        if ends not in known:
+            stem, head, held = ends_cost(plan)
+            known[ends] = Price(stem + head, held)
+        macs, params = known[ends]
+        head_block, tokens_in, last = plan.head_block, plan.tokens_in, plan.embed_dim
+        for i, (block, n_in, stage) in enumerate(zip(plan.blocks, tokens_in, shape.stage_of, strict=True)):
+            key = (i, block, n_in, plan.embed_dims[stage], last, i == head_block)
+            price = known.get(key)
+            if price is None:
+                price = known[key] = self._block(plan, i)
+            macs += price[0]
+            params += price[1]
+        if self._parts.scores_uncut:
+            for i in self._parts.scored_blocks(plan):
+                if plan.blocks[i].tokens_out == tokens_in[i]:
+                    scored, merged, held = site_cost(self._parts.site(plan, i), self._parts)
+                    macs, params = macs + scored + merged, params + held
+        return Price(macs, params)
+
+    def _block(self, plan: CompressionPlan, index: int) -> Price:
+        """One block, with what cutting its tokens costs."""
+        attention, mlp, held = block_cost(plan, index)
+        price = Price(attention + mlp, held)
+        if plan.blocks[index].tokens_out == plan.tokens_in[index] or index == plan.head_block:
+            return price
+        scored, merged, held = site_cost(self._parts.site(plan, index), self._parts)
+        return Price(price.macs + scored + merged, price.params + held)
 
 
 def stem_cost(plan: CompressionPlan) -> tuple[int, int]:

@@ -429,28 +429,37 @@ class Components:
 
     def sites(self, plan: CompressionPlan) -> list[Site]:
         """Where `plan` scores or reduces tokens, in order."""
-        shape = plan.shape
-        last_cut = max((i for i, n in enumerate(plan.tokens) if n < plan.tokens_in[i]), default=-1)
-        sites = []
-        for i, block in enumerate(plan.blocks):
-            if i == plan.head_block:
-                break  # nothing reads the patch tokens after this block's attention
-            cuts = block.tokens_out < plan.tokens_in[i]
-            scores = self.cascade.score_every_block and self.aggregator.needs_scores and block.attention
-            if cuts or (scores and i < last_cut):
-                sites.append(
-                    Site(
-                        i,
-                        plan.tokens_in[i],
-                        block.tokens_out,
-                        shape.prefix_tokens,
-                        shape.class_token,
-                        plan.embed_dim,
-                        block.heads,
-                        block.qk_dim,
-                        block.v_dim,
-                        shape.depth,
-                        shape.grid,
-                    )
-                )
-        return sites
+        return [self.site(plan, i) for i in self.scored_blocks(plan)]
+
+    def scored_blocks(self, plan: CompressionPlan) -> list[int]:
+        """Indices of the blocks in which `plan` scores or reduces tokens."""
+        tokens_in, head_block = plan.tokens_in, plan.head_block
+        # Nothing reads the patch tokens after the head block's attention.
+        blocks = plan.blocks if head_block is None else plan.blocks[:head_block]
+        cuts = [i for i, block in enumerate(blocks) if block.tokens_out < tokens_in[i]]
+        if not (cuts and self.scores_uncut):
+            return cuts
+        # Scores accumulate, up to the last cut.
+        return [i for i in range(cuts[-1] + 1) if i in cuts or plan.blocks[i].attention]
+
+    @property
+    def scores_uncut(self) -> bool:
+        """Whether tokens are scored in blocks that cut none, too."""
+        return self.cascade.score_every_block and self.aggregator.needs_scores
+
+    def site(self, plan: CompressionPlan, index: int) -> Site:
+        """The site of one block."""
+        block, shape = plan.blocks[index], plan.shape
+        return Site(
+            index,
+            plan.tokens_in[index],
+            block.tokens_out,
+            shape.prefix_tokens,
+            shape.class_token,
+            plan.embed_dim,
+            block.heads,
+            block.qk_dim,
+            block.v_dim,
+            shape.depth,
+            shape.grid,
+        )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ucc_search.errors import PlanError
@@ -230,12 +230,22 @@ class CompressionPlan:
         whole = {k: changes.pop(k) for k in WHOLE_FIELDS if k in changes}
         if "embed_dim" in changes:
             whole["embed_dims"] = (changes.pop("embed_dim"),)
-        columns = {name: self._column(name, value) for name, value in changes.items()}
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        blocks = (
-            [replace(b, **row) for b, row in zip(self.blocks, rows, strict=True)] if rows else self.blocks
-        )
-        return replace(self, blocks=tuple(blocks), **whole)
+        blocks = self.blocks
+        if changes:
+            # Column by column: a projection makes thousands of plans, and dataclasses.replace is slow.
+            columns = {name: self._column(name, value) for name, value in changes.items()}
+            fields = (columns.get(name) or [getattr(b, name) for b in blocks] for name in _PER_BLOCK)
+            blocks = tuple(map(BlockPlan, *fields))
+        kept = {name: whole.get(name, getattr(self, name)) for name in WHOLE_FIELDS}
+        return CompressionPlan(self.shape, blocks=blocks, **kept)
+
+    def unchecked(self, blocks: Iterable[BlockPlan]) -> CompressionPlan:
+        """A copy with other blocks that are known to be sound: projections try hundreds of plans."""
+        copy = object.__new__(CompressionPlan)
+        for name in _WHOLE_PLAN:
+            object.__setattr__(copy, name, getattr(self, name))
+        object.__setattr__(copy, "blocks", tuple(blocks))
+        return copy
 
     def _column(self, name: str, value: Any) -> Sequence[Any]:
         if name not in _PER_BLOCK:
@@ -308,6 +318,9 @@ class CompressionPlan:
         return cls.from_dict(json.loads(text))
 
 
+_WHOLE_PLAN = tuple(f.name for f in fields(CompressionPlan) if f.name != "blocks")
+
+
 def _check(plan: CompressionPlan) -> None:
     shape = plan.shape
     if len(plan.blocks) != shape.depth:
@@ -320,8 +333,7 @@ def _check(plan: CompressionPlan) -> None:
     _check_embed_dims(plan)
     if not plan.present:
         raise PlanError(f"the plan leaves no block of {shape.name}, expected one at least")
-    for i, (block, full) in enumerate(zip(plan.blocks, shape.blocks, strict=True)):
-        most = plan.tokens_in[i]
+    for i, (block, full, most) in enumerate(zip(plan.blocks, shape.blocks, plan.tokens_in, strict=True)):
         if shape.stages and block.tokens_out != most:
             raise PlanError(
                 f"blocks[{i}].tokens_out is {block.tokens_out}, expected {most}: {shape.name} reduces its keys by "

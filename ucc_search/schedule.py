@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ucc_search.budget import Budget, budgets, project, whole_tokens, with_tokens
 from ucc_search.config import Baseline, RunConfig
-from ucc_search.costs import cost
+from ucc_search.costs import Pricer, cost
 from ucc_search.errors import BudgetError, ConfigError, PluginError
 from ucc_search.interfaces import (
     INFERENCE_KINDS,
@@ -52,6 +52,7 @@ class Scheduler:
         self.dense_cost = cost(dense)
         self.budgets = budgets(config.budget, self.dense_cost)
         self._profiles: dict[str, Profile] = {}
+        self._pricers: dict[str, Pricer] = {}
 
     def plan(self, candidate: Candidate, budget: Budget) -> CompressionPlan:
         """The projected plan.
@@ -61,7 +62,8 @@ class Scheduler:
             PluginError: the components do not fit the model.
         """
         parts, family = self._family(candidate)
-        return project(self.base, family, budget, parts, self.widths(candidate), candidate.ratios)
+        price = self._pricers.setdefault(_inference_key(candidate.components), Pricer(parts))
+        return project(self.base, family, budget, parts, self.widths(candidate), candidate.ratios, price)
 
     def smallest(self, candidate: Candidate) -> CompressionPlan:
         """The cheapest plan that the cascade and the widths can make."""
@@ -89,7 +91,7 @@ class Scheduler:
     ) -> Profile:
         """The cascade's family of schedules; calibrated ones are made once."""
         cascade, shape = parts.cascade, self.base.shape
-        key = repr([sorted(refs[k].to_dict().items()) for k in INFERENCE_KINDS])
+        key = _inference_key(refs)
         if key in self._profiles:
             return self._profiles[key]
         evaluate: Evaluate | None = None
@@ -103,6 +105,10 @@ class Scheduler:
         if cascade.needs_model:
             self._profiles[key] = family
         return family
+
+
+def _inference_key(refs: Mapping[str, ComponentRef]) -> str:
+    return "/".join(refs[k].key for k in INFERENCE_KINDS)
 
 
 def candidate_of(baseline: Baseline) -> Candidate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,25 +61,46 @@ class Widths:
         return {"attention" if k == "heads" else k for k in kinds}
 
     def at(self, base: CompressionPlan, ratios: Ratios | None, strength: float) -> CompressionPlan:
-        """The plan with the widths of this strength.
+        """The plan with the widths of this strength; see `family`."""
+        return self.family(base, ratios)(strength)
 
-        Coordinate c keeps r_c^t, t = strength / (1 - strength), of its units, not below its bound:
-        the same family as `per_block` has for tokens, so that both answer to one strength.
+    def family(self, base: CompressionPlan, ratios: Ratios | None) -> Callable[[float], CompressionPlan]:
+        """Plans by strength: coordinate c keeps r_c^t, t = strength / (1 - strength), of its units.
+
+        No coordinate falls below its bound. It is the family that `per_block` has for tokens, so that
+        both answer to one strength.
 
         Args:
             base: whose other integers stay.
             ratios: proposed by the search; None goes straight to the bounds.
         """
-        kept = {}
-        for kind in KINDS:
-            setting = self._setting(kind)
-            for name in self.names(kind):
-                if not isinstance(setting, WidthRange):
-                    kept[name] = float(setting)
-                else:
-                    ratio = ratios[name] if ratios else setting.low
-                    kept[name] = power(ratio, strength, min(setting.low, ratio))
-        return self._plan(base, kept)
+        moving = self.searched()
+        fixed = {n: float(getattr(self.config, k)) for k in KINDS for n in self.names(k) if n not in moving}
+        proposed = {n: ratios[n] if ratios else r.low for n, r in moving.items()}
+        scales = [(n, proposed[n], min(r.low, proposed[n]), *self._scale(n)) for n, r in moving.items()]
+        made: dict[tuple[float, ...], CompressionPlan] = {}
+
+        def at(strength: float) -> CompressionPlan:
+            kept, integers = dict(fixed), []
+            for name, ratio, bound, full, step in scales:
+                kept[name] = part = power(ratio, strength, bound)
+                integers.append(part if part == 1.0 or not full else math.floor(part * full / step + 0.5) + 1)
+            key = tuple(integers)  # most strengths round to widths that were met before
+            if key not in made:
+                made[key] = self._plan(base, kept)
+            return made[key]
+
+        return at
+
+    def _scale(self, name: str) -> tuple[int, int]:
+        """(All units of a coordinate, step of its widths); 0 units where they depend on other widths."""
+        kind, index = _split(name)
+        if kind == "depth":
+            return self.shape.depth, 1
+        if kind == "embed":
+            return self.shape.embed_dims[index], self._multiple(kind)
+        full = getattr(self.shape.blocks[index], _FIELD[kind]) if kind in _FIELD else 0
+        return full, self._multiple(kind)
 
     def with_ratio(self, plan: CompressionPlan, name: str, ratio: float) -> CompressionPlan:
         """The plan with one coordinate at this ratio, all others as they are."""
@@ -117,12 +138,14 @@ class Widths:
     def _blocks_left(self, plan: CompressionPlan) -> int:
         return math.ceil(sum(b.attention + b.mlp for b in plan.blocks) / 2)
 
-    def grown(self, plan: CompressionPlan) -> Iterator[CompressionPlan]:
+    def grown(
+        self, plan: CompressionPlan, but: Collection[str] = ()
+    ) -> Iterator[tuple[str, CompressionPlan]]:
         """The plan with one step more of one coordinate, for each; those that keep least come first."""
         ratios = self.ratios(plan)
         for name in sorted(ratios, key=lambda n: ratios[n]):
-            if ratios[name] < 1.0:
-                yield self._one_step_more(plan, name)
+            if ratios[name] < 1.0 and name not in but:
+                yield name, self._one_step_more(plan, name)
 
     def _one_step_more(self, plan: CompressionPlan, name: str) -> CompressionPlan:
         if name == "depth":
