@@ -36,7 +36,7 @@ from typing import Any
 from ucc_search.budget import Budget, whole_tokens, with_tokens
 from ucc_search.config import load_config
 from ucc_search.costs import cost
-from ucc_search.interfaces import INFERENCE_KINDS
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Measured, SamplerRequest
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.schedule import Scheduler
@@ -175,11 +175,29 @@ def plain_nsga2(problem: Problem, seed: int, trials: int) -> Iterable[float | No
         yield kl
 
 
+def with_sampler(name: str, problem: Problem, seed: int, trials: int) -> Iterable[float | None]:
+    """What `search.sampler: name` does in a run: known good points first, projection, and a word to the sampler."""
+    sampler = problem.plugins.build("sampler", ComponentRef(name))
+
+    def project(point: Mapping[str, Any]) -> Point:
+        plan = problem.scheduler.plan(problem.space.decode(point), problem.budget)
+        return problem.space.at_plan(point, plan)
+
+    starts = problem.space.known_good()
+    sampler.start(SamplerRequest(problem.space.dimensions, [False], seed, trials, starts, project))
+    for _ in range(trials):
+        kl, point = problem.projected(dict(sampler.propose()))
+        sampler.tell(Measured(point, [kl], {"macs": 0.0}))
+        yield kl
+
+
 METHODS: dict[str, Callable[[Problem, int, int], Iterable[float | None]]] = {
     "random": plain_random,
     "tpe": plain_tpe,
     "nsga2": plain_nsga2,
     "random-projected": projected_random,
+    **{name: functools.partial(with_sampler, name) for name in ("shell",)},
+    "tpe-projected": functools.partial(with_sampler, "tpe"),
 }
 
 

@@ -84,7 +84,8 @@ class Widths:
             kept, integers = dict(fixed), []
             for name, ratio, bound, full, step in scales:
                 kept[name] = part = power(ratio, strength, bound)
-                integers.append(part if part == 1.0 or not full else math.floor(part * full / step + 0.5) + 1)
+                steps = math.floor(part * full / step + 0.5) if full else part
+                integers.append(-1 if part == 1.0 else steps)  # all units may be no multiple of the step
             key = tuple(integers)  # most strengths round to widths that were met before
             if key not in made:
                 made[key] = self._plan(base, kept)

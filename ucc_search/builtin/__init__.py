@@ -92,9 +92,10 @@ def ucc_observers() -> Mapping[str, Callable[..., Observer]]:
 
 @hookimpl
 def ucc_samplers() -> Mapping[str, Callable[..., Sampler]]:
-    from ucc_search.builtin import optuna_samplers
+    from ucc_search.builtin import optuna_samplers, shell
 
     return {
+        "shell": shell.Shell,
         "random": optuna_samplers.Random,
         "tpe": optuna_samplers.TPE,
         "nsga2": optuna_samplers.NSGA2,

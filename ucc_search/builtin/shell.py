@@ -1,0 +1,235 @@
+"""The default sampler: a model of the plans themselves, searched on the shell of the budget."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ucc_search.interfaces import Dimension, Measured, Sampler, SamplerRequest
+
+Point = dict[str, Any]
+Key = tuple[Any, ...]
+_POOL = 400
+
+
+class Shell(Sampler):
+    """Gaussian process over projected plans; candidates are changed copies of the best, projected again.
+
+    Every plan that meets a budget to the last token lies on a thin shell of the space, and only what
+    lies there is worth a trial. So the sampler projects before it chooses: it changes one to all
+    coordinates of a good plan, projects the result, and keeps what comes out in a pool. From the pool
+    it takes the plan with the largest expected improvement, by a Gaussian process over the logarithms
+    of the token shares and widths of all plans measured so far. First come the known good points and
+    a few random ones.
+
+    Where a study covers a range of budgets, its trials go round the budgets, all plans teach one model,
+    and a good plan of one budget, projected onto the next, is a candidate there.
+
+    Args:
+        startup: points before the model is asked, known good ones included; 2 or more.
+        candidates: projections per proposal; 1 or more.
+    """
+
+    def __init__(self, startup: int = 8, candidates: int = 12) -> None:
+        if startup < 2 or candidates < 1:
+            raise ValueError(f"startup is {startup} and candidates {candidates}, expected 2 and 1 or more")
+        self.startup, self.candidates = startup, candidates
+
+    def start(self, request: SamplerRequest) -> None:
+        from ucc_search.builtin.surrogate import Surrogate
+
+        self._request, self._rng = request, random.Random(request.seed)
+        self._searched = [d for d in request.dimensions if d.name != "budget"]
+        levels = next((d for d in request.dimensions if d.name == "budget"), None)
+        self._levels = range(int(levels.low), int(levels.high) + 1) if levels else range(1)
+        self._starts = list(request.starts)
+        self._measured: dict[Key, tuple[Point, float]] = {}
+        self._pending: dict[Key, Point] = {}
+        self._pool: dict[Key, Point] = {}
+        self._model = Surrogate(_groups(self._searched))
+        self._turn = 0
+
+    def propose(self) -> Point:
+        level = self._levels[_spread(self._turn, len(self._levels))]
+        self._turn += 1
+        point = self._first(level) if len(self._measured) < self.startup or self._starts else None
+        point = point or self._best_candidate(level) or self._random(level)
+        self._pending[self._key(point)] = point
+        self._pool.pop(self._key(point), None)
+        return point
+
+    def tell(self, measured: Measured) -> None:
+        point, key = dict(measured.point), self._key(measured.point)
+        self._pending.pop(key, None)
+        self._pool.pop(key, None)
+        if measured.values is None:
+            value = max((v for _, v in self._measured.values()), default=0.0)  # as bad as anything so far
+        else:
+            value = -measured.values[0] if self._request.maximize[0] else measured.values[0]
+        self._measured[key] = (point, value)
+
+    def _first(self, level: int) -> Point | None:
+        """A known good point, or a random one while these are few."""
+        while self._starts:
+            middle = {d.name: d.choices[0] if d.choices else d.high for d in self._searched}
+            point = self._projected({**middle, **self._starts.pop(0)}, level)
+            if point is not None and self._new(point):
+                return point
+        return self._random(level) if len(self._measured) + len(self._pending) < self.startup else None
+
+    def _random(self, level: int) -> Point:
+        """A new point anywhere on the shell, if there is one."""
+        for _ in range(20):
+            drawn = {d.name: _uniform(d, self._rng) for d in self._searched}
+            point = self._projected(drawn, level)
+            if point is not None and self._new(point):
+                return point
+        return point or self._with_level(drawn, level)
+
+    def _best_candidate(self, level: int) -> Point | None:
+        """The point of the pool from which most is expected."""
+        import numpy as np
+
+        from ucc_search.builtin.surrogate import expected_improvement
+
+        known = [(p, v) for p, v in self._measured.values()]
+        if len(known) < 2:
+            return None
+        logarithmic = not self._request.maximize[0] and min(v for _, v in known) > 0
+        y_N = np.array([math.log(v) if logarithmic else v for _, v in known])
+        self._model.fit(np.array([self._features(p) for p, _ in known]), y_N)
+        if self._pending:
+            self._model.extend(np.array([self._features(p) for p in self._pending.values()]))
+        parents = self._parents(known, y_N.tolist(), level)
+        self._grow_pool(parents, level)
+        pool = [p for p in self._pool.values() if p.get("budget", 0) == level]
+        if not pool:
+            return None
+        x_MD = np.array([self._features(p) for p in pool])
+        mean_M, deviation_M = self._model.predict(x_MD)
+        here = [y for (p, _), y in zip(known, y_N.tolist(), strict=True) if p.get("budget", 0) <= level]
+        best = min(here) if here else float(mean_M.min())
+        gain_M = expected_improvement(mean_M, deviation_M, best)
+        self._trim(pool, gain_M.tolist())
+        return pool[int(gain_M.argmax())]
+
+    def _parents(self, known: Sequence[tuple[Point, float]], y: Sequence[float], level: int) -> list[Point]:
+        """The best points, those of this budget first and of its neighbours next."""
+        distance = [abs(p.get("budget", 0) - level) for p, _ in known]
+        near = sorted(set(distance))[:2]
+        chosen = []
+        for away in near:
+            group = sorted((v, i) for i, v in enumerate(y) if distance[i] == away)
+            chosen += [known[i][0] for _, i in group[:6]]
+        return chosen
+
+    def _grow_pool(self, parents: Sequence[Point], level: int) -> None:
+        """Changed copies of good points, projected."""
+        if len(self._levels) > 1:
+            self._admit(dict(parents[0]), level)
+        for _ in range(self.candidates):
+            # The better a parent, the likelier it is chosen.
+            place = min(int(self._rng.expovariate(0.5)), len(parents) - 1)
+            self._admit(self._changed(parents[place]), level)
+
+    def _admit(self, raw: Point, level: int) -> None:
+        point = self._projected(raw, level)
+        if point is not None and self._new(point):
+            self._pool[self._key(point)] = point
+
+    def _trim(self, pool: Sequence[Point], gains: Sequence[float]) -> None:
+        """Forget the least promising points of this budget."""
+        most = max(40, _POOL // len(self._levels))
+        for i in sorted(range(len(pool)), key=lambda i: -gains[i])[most:]:
+            del self._pool[self._key(pool[i])]
+
+    def _changed(self, parent: Point) -> Point:
+        """A copy with one, two, three or all coordinates moved."""
+        rng, point = self._rng, dict(parent)
+        count = rng.choice([1, 2, 2, 3, 3, len(self._searched)])
+        size = rng.choice([0.1, 0.3]) if count > 3 else rng.choice([0.1, 0.2, 0.4, 0.8])
+        for d in rng.sample(self._searched, min(count, len(self._searched))):
+            point[d.name] = _moved(d, point[d.name], size, rng)
+        return point
+
+    def _projected(self, point: Mapping[str, Any], level: int) -> Point | None:
+        found = self._request.project(self._with_level(point, level))
+        return None if found is None else dict(found)
+
+    def _with_level(self, point: Mapping[str, Any], level: int) -> Point:
+        return {**point, "budget": level} if len(self._levels) > 1 else dict(point)
+
+    def _new(self, point: Point) -> bool:
+        key = self._key(point)
+        return key not in self._measured and key not in self._pending
+
+    def _key(self, point: Mapping[str, Any]) -> Key:
+        return tuple(round(v, 9) if isinstance(v, float) else v for _, v in sorted(point.items()))
+
+    def _features(self, point: Mapping[str, Any]) -> list[float]:
+        """Logarithms of the tokens' shares after each block and of the widths; the rest on 0 to 1."""
+        features: list[float] = []
+        tokens = 0.0
+        for d in self._searched:
+            if d.name.startswith("keep."):
+                tokens += math.log(point[d.name])
+                features.append(tokens)
+            elif d.name.startswith("width."):
+                features.append(math.log(point[d.name]))
+            elif d.choices is not None:
+                features += [float(point[d.name] == c) for c in d.choices]
+            else:
+                features.append(_place(d, point[d.name]))
+        return features
+
+
+def _groups(dimensions: Sequence[Dimension]) -> list[int]:
+    """One group for all keep ratios, one per kind of width, one for every other dimension."""
+    names: list[str] = []
+    for d in dimensions:
+        name = "keep" if d.name.startswith("keep.") else d.name
+        if d.name.startswith("width."):
+            name = ".".join(d.name.split(".")[:2])
+        names += [name] * (1 if d.choices is None else len(d.choices))
+    order = list(dict.fromkeys(names))
+    return [order.index(name) for name in names]
+
+
+def _spread(turn: int, count: int) -> int:
+    """Goes round `count` places, far apart in a row, each equally often."""
+    stride = next(s for s in range(max(1, round(0.382 * count)), count + 1) if math.gcd(s, count) == 1)
+    return turn * stride % count
+
+
+def _uniform(d: Dimension, rng: random.Random) -> Any:
+    if d.choices is not None:
+        return rng.choice(d.choices)
+    return _at(d, rng.random())
+
+
+def _place(d: Dimension, value: float) -> float:
+    """Where a value lies in its range, 0 to 1."""
+    if d.low == d.high:
+        return 0.0
+    if d.log:
+        return math.log(value / d.low) / math.log(d.high / d.low)
+    return (value - d.low) / (d.high - d.low)
+
+
+def _at(d: Dimension, place: float) -> Any:
+    """The value at this place of the range; the inverse of `_place`, on the dimension's steps."""
+    value = d.low * (d.high / d.low) ** place if d.log else d.low + (d.high - d.low) * place
+    if d.step:
+        value = d.low + round((value - d.low) / d.step) * d.step
+    return min(max(value, d.low), d.high)
+
+
+def _moved(d: Dimension, value: Any, size: float, rng: random.Random) -> Any:
+    """Another value, `size` away in the logarithm of a ratio, or in the place within a range."""
+    if d.choices is not None:
+        return rng.choice(d.choices)
+    if d.name.startswith(("keep.", "width.")):
+        return min(max(value * math.exp(rng.gauss(0.0, size)), d.low), d.high)
+    return _at(d, min(max(_place(d, value) + rng.gauss(0.0, size), 0.0), 1.0))
