@@ -10,7 +10,7 @@ from ucc_search.config import BudgetConfig
 from ucc_search.costs import Cost, Price, Pricer, cost
 from ucc_search.errors import BudgetError
 from ucc_search.interfaces import Components
-from ucc_search.plan import BlockPlan, CompressionPlan
+from ucc_search.plan import WHOLE_FIELDS, BlockPlan, CompressionPlan
 from ucc_search.units import format_macs, format_params, parse_amount
 from ucc_search.widths import Ratios, Widths
 
@@ -157,7 +157,7 @@ def _first_that_fits(
 def _one_token_apart(above: CompressionPlan, below: CompressionPlan) -> bool:
     """Whether the plans differ by one token in one block and nothing else, so that none lies between."""
     more = [(a, b) for a, b in zip(above.blocks, below.blocks, strict=True) if a != b]
-    if len(more) != 1 or above.embed_dims != below.embed_dims:
+    if len(more) != 1 or any(getattr(above, n) != getattr(below, n) for n in WHOLE_FIELDS):
         return False
     a, b = more[0]
     return a.tokens_out == b.tokens_out + 1 and replace(a, tokens_out=b.tokens_out) == b

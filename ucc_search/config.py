@@ -466,7 +466,7 @@ class SearchConfig(_Frozen):
 
     trials: int = Field(40, ge=0)
     """Proposals; 0 measures the baselines alone."""
-    sampler: Choice = ComponentRef("tpe")
+    sampler: Choice = ComponentRef("shell")
     """What proposes: shell, tpe, random, nsga2, nsga3, cmaes, gp, grid, or a plugin's."""
     seed: int = 0
     fidelity: Literal["zero-shot", "train"] = "zero-shot"

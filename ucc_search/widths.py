@@ -95,7 +95,7 @@ class Widths:
 
     def _scale(self, name: str) -> tuple[int, int]:
         """(All units of a coordinate, step of its widths); 0 units where they depend on other widths."""
-        kind, index = _split(name)
+        kind, index = split_name(name)
         if kind == "depth":
             return self.shape.depth, 1
         if kind == "embed":

@@ -36,7 +36,8 @@ class OptunaSampler(Sampler):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = self.make(request)
-        directions = ["maximize" if m else "minimize" for m in request.maximize]
+        kinds = optuna.study.StudyDirection
+        directions = [kinds.MAXIMIZE if m else kinds.MINIMIZE for m in request.maximize]
         self._study = optuna.create_study(sampler=sampler, directions=directions)
         for point in request.starts:
             known = {k: v for k, v in point.items() if k in self._distributions}

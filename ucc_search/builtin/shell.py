@@ -73,8 +73,8 @@ class Shell(Sampler):
     def _first(self, level: int) -> Point | None:
         """A known good point, or a random one while these are few."""
         while self._starts:
-            middle = {d.name: d.choices[0] if d.choices else d.high for d in self._searched}
-            point = self._projected({**middle, **self._starts.pop(0)}, level)
+            drawn = {d.name: _uniform(d, self._rng) for d in self._searched}
+            point = self._projected({**drawn, **self._starts.pop(0)}, level)
             if point is not None and self._new(point):
                 return point
         return self._random(level) if len(self._measured) + len(self._pending) < self.startup else None
