@@ -100,9 +100,8 @@ class Problem:
         refs = candidate.components
         key = plan_key(plan) + "/" + "/".join(refs[k].key for k in (*INFERENCE_KINDS, "importance"))
         if key not in self._known:
-            measured = self.bench.zero_shot(
-                self.bench.compressed(plan, self.parts(candidate), refs["importance"])
-            )
+            model = self.bench.compressed(plan, self.parts(candidate), refs["importance"])
+            measured = self.bench.zero_shot(model)
             self._known[key] = measured.kl
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             with self._cache.open("a") as file:
