@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -47,6 +49,17 @@ def test_the_short_keys_are_a_ladder():
 def test_a_ladder_survives_the_resolved_file():
     config = tiny_config(search={"ladder": LADDER})
     assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+@pytest.mark.parametrize("page", ["ladder", "robustness"])
+def test_what_the_pages_show_is_accepted(page):
+    text = (Path(__file__).resolve().parent.parent / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        shown = yaml.safe_load(block)
+        config = tiny_config(**{**shown, "search": {"promote": 1, **shown["search"]}}, train={"steps": 400})
+        assert levels(config, 240)
 
 
 @pytest.mark.parametrize(
