@@ -6,7 +6,7 @@ RUN ?= runs/digits
 # One thread per process: trials and tests run side by side.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: search test test-slow check bench clean
+.PHONY: search test test-slow check bench docs clean
 
 search: $(VENV)/.installed  ## the quickstart: a whole search on embedded data, ending in a Pareto table
 	$(BIN)/ucc-search search search_spaces/digits_ucc.yaml --out $(RUN) $(if $(wildcard $(RUN)/config.resolved.yaml),--resume)
@@ -25,6 +25,9 @@ check: $(VENV)/.installed  ## lint, types and the default tests
 
 bench: $(VENV)/.installed  ## what a trial costs beyond its own forward passes
 	$(BIN)/python benchmarks/trial_overhead.py
+
+docs: $(VENV)/.installed  ## the pages that are written from the code
+	$(BIN)/python docs/make_reference.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -32,26 +32,26 @@ class Point:
     """
 
     id: int  # the first of its trials
-    trials: tuple[int, ...]
-    origin: str
-    method: str
-    target: str
-    rung: str
-    fidelity: int
-    seeds: int
-    plan_key: str
+    trials: tuple[int, ...]  # all of them, one a seed
+    origin: str  # search, baseline or dense
+    method: str  # search, dense or the baseline's name
+    target: str  # the budget as the user wrote it
+    rung: str  # zero-shot or train
+    fidelity: int  # optimiser steps; 0 is zero-shot
+    seeds: int  # how many were averaged
+    plan_key: str  # short hash of the plan
     parent: int | None  # of the first of its trials
-    macs: int
-    macs_ratio: float
-    params: int
+    macs: int  # for one image
+    macs_ratio: float  # of the dense model
+    params: int  # weights
     latency_ms: float | None  # of the first of its trials, where it was measured
-    accuracy: float | None
-    accuracy_std: float | None
-    test_accuracy: float | None
+    accuracy: float | None  # on the selection split; a mean over seeds, as all that follow
+    accuracy_std: float | None  # sample standard deviation over seeds
+    test_accuracy: float | None  # for the report only, never for a choice
     test_accuracy_std: float | None
-    kl: float | None
+    kl: float | None  # mean KL(teacher || student) on the calibration images
     kl_std: float | None
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # patch tokens after each block
     saved: Mapping[str, float]
     """Share of the dense MACs that each method took: tokens, widths, depth, ranks, unread."""
     scorer: str
@@ -324,8 +324,8 @@ def failures_by_class(rows: Iterable[TrialRow]) -> dict[str, int]:
 class FailureClass:
     """Trials that failed in one way."""
 
-    failure: str
-    trials: int
+    failure: str  # the class: nan_loss, out_of_memory, ...
+    trials: int  # how many
     first: int  # the id of one of them
     error: str | None  # what that one said
 

@@ -36,20 +36,20 @@ class MethodPair:
     Accuracies are from 0 to 1 on the selection split, test accuracies beside them; KL in nats.
     """
 
-    target: str
-    method: str
-    rung: str
-    id_a: int | None
+    target: str  # the budget
+    method: str  # search or the baseline's name
+    rung: str  # that both were measured on
+    id_a: int | None  # the first trial in run A; likewise _b below, in run B
     id_b: int | None
-    macs_a: int | None
+    macs_a: int | None  # for one image
     macs_b: int | None
-    seeds_a: int | None
+    seeds_a: int | None  # how many were averaged
     seeds_b: int | None
-    accuracy_a: float | None
+    accuracy_a: float | None  # on the selection split
     accuracy_b: float | None
-    test_accuracy_a: float | None
+    test_accuracy_a: float | None  # for the report only
     test_accuracy_b: float | None
-    kl_a: float | None
+    kl_a: float | None  # nats, on the calibration images
     kl_b: float | None
     difference: float | None  # b - a, of the selection accuracy (of minus the KL without training)
     margin: float | None  # half the width of its interval at 95 %; None where nothing was repeated

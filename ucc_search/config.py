@@ -214,6 +214,7 @@ class Baseline(ComponentChoices):
     """One fixed method, measured at every budget with the same training as the search's candidates."""
 
     name: str
+    """Its name in the tables."""
     scorer: Choices = (ComponentRef("random"),)
     aggregator: Choices = (ComponentRef("drop"),)
     cascade: Choices = (ComponentRef("geometric"),)
@@ -244,6 +245,7 @@ class ModelConfig(_Frozen):
     args: Mapping[str, Any] = Field(default_factory=dict)
     """Passed to the model's constructor, for example img_size, patch_size, embed_dim, depth."""
     pretrained: bool = False
+    """timm's weights, from the hub."""
     checkpoint: str | None = None
     """A .safetensors file, a .pth/.pt file (read with weights_only) or a folder of `train-teacher`;
     `auto` trains a teacher on first use by `teacher:` and caches it."""
@@ -255,6 +257,7 @@ class DataConfig(_Frozen):
     name: str
     """digits, fashion-mnist, folder:PATH, torchvision:NAME or hf:NAME."""
     root: str | None = None
+    """Where the data set lies, for those that are not found by name."""
     select: float = Field(0.1, gt=0.0, lt=1.0)
     """Share of the training split that is held out for selection, never trained on."""
     calibration: int = Field(1000, ge=1)
@@ -266,6 +269,7 @@ class DataConfig(_Frozen):
     loader_workers: int = Field(0, ge=0)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    """Per channel, of pixels from 0 to 1; likewise `mean`. Those of the data or of ImageNet by default."""
 
 
 class OptimizerConfig(_Frozen):
@@ -275,6 +279,7 @@ class OptimizerConfig(_Frozen):
     lr: float = Field(1e-3, gt=0.0)
     weight_decay: float = Field(0.05, ge=0.0)
     params: Mapping[str, Any] = Field(default_factory=dict)
+    """More arguments of the optimiser."""
 
 
 class ScheduleConfig(_Frozen):
@@ -341,6 +346,7 @@ class TrainConfig(_Frozen):
     """How a model is trained, candidates and teachers alike."""
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """`torch` needs no DeepSpeed; one process."""
     epochs: float | None = Field(None, gt=0.0)
     steps: int | None = Field(None, ge=1)
     batch_size: int = Field(96, ge=1)
@@ -349,6 +355,7 @@ class TrainConfig(_Frozen):
     workers: int = Field(1, ge=1)
     """Processes that train one candidate together."""
     zero_stage: Literal[0, 1, 2] = 0
+    """How much of the training state DeepSpeed shares out among the workers."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     deepspeed: Mapping[str, Any] = Field(default_factory=dict)
     """More keys for DeepSpeed's own configuration, passed through."""
@@ -469,6 +476,7 @@ class SearchConfig(_Frozen):
     sampler: Choice = ComponentRef("shell")
     """What proposes: shell, tpe, random, nsga2, nsga3, cmaes, gp, grid, or a plugin's."""
     seed: int = 0
+    """Of the sampler."""
     fidelity: Literal["zero-shot", "train"] = "zero-shot"
     """What one trial of the search measures; with `zero-shot` the best are trained afterwards."""
     promote: int = Field(1, ge=0)
@@ -564,6 +572,7 @@ class BudgetConfig(_Frozen):
 
     macs: Targets | None = None
     flops: Targets | None = None
+    """In place of `macs`: twice as many."""
     params: str | float | None = None
 
     @model_validator(mode="after")
@@ -579,6 +588,7 @@ class RunConfig(_Frozen):
     """One whole space file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the run; its folder is `results/NAME` by default."""
     model: ModelConfig
     data: DataConfig
     budget: BudgetConfig
@@ -589,6 +599,7 @@ class RunConfig(_Frozen):
     """How `train-teacher` (or `checkpoint: auto`) trains the model first."""
     baselines: tuple[Baseline, ...] = ()
     plugins: tuple[str, ...] = ()
+    """Plugins to load: .py files, folders or modules."""
     observers: Observers = ()
     """Who is told of trials as they finish, by name, with parameters."""
 

@@ -26,10 +26,10 @@ _BLOCK = re.compile(r"^(?:width\.)?(?P<kind>.+)\.(?P<block>\d+)$")
 class Importance:
     """One searched parameter's share of the variance of the quality, at one budget."""
 
-    target: str
+    target: str  # the budget
     parameter: str  # as in params_searched
     kind: str  # keep, mlp, attention, ... ; the parameter itself where it belongs to no block
-    block: int | None
+    block: int | None  # None where it belongs to no block
     importance: float  # 0 to 1; those of one budget sum to 1
     trials: int  # that it was estimated from
 
@@ -38,23 +38,23 @@ class Importance:
 class BlockImportance:
     """The importances of one block's parameters together, at one budget."""
 
-    target: str
-    block: int
-    importance: float
-    trials: int
+    target: str  # the budget
+    block: int  # of the uncompressed model
+    importance: float  # the sum over its parameters
+    trials: int  # that it was estimated from
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
     """How one block's ratio went with the quality, at one budget."""
 
-    target: str
+    target: str  # the budget
     kind: str  # keep: share of the arriving tokens that stay; mlp, attention, ...: share of the units
-    block: int
+    block: int  # of the uncompressed model
     correlation: float | None  # Spearman, of ratio and quality; above 0: keeping more here went with better
     best: float  # mean ratio of the best quarter of the trials
     rest: float  # mean ratio of the other trials
-    trials: int
+    trials: int  # that were compared
 
 
 def searched_trials(rows: Sequence[TrialRow]) -> dict[str, list[TrialRow]]:

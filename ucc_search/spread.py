@@ -49,11 +49,11 @@ class Gap:
 class Standing:
     """One method at one budget, beside the best of that budget."""
 
-    target: str
-    method: str
+    target: str  # the budget
+    method: str  # search or the baseline's name
     id: int  # the first of its trials
-    seeds: int
-    accuracy: float
+    seeds: int  # how many were averaged
+    accuracy: float  # mean over seeds, on the selection split
     behind: float  # the best's accuracy minus this one's; 0 for the best itself
     margin: float | None  # half the width of the interval around `behind`
     verdict: str  # best, behind, not told apart or unknown

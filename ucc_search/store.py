@@ -34,38 +34,40 @@ class TrialRow:
     Rates are from 0 to 1, KL in nats, times in seconds, MACs and parameters for one image.
     """
 
-    id: int
+    id: int  # of the trial and its folder
     state: str  # ok, stopped (at a rung, before the end of training) or failed
     method: str  # "search", "dense" or the baseline's name
     origin: str  # search, baseline or dense
     rung: str  # zero-shot or train
     fidelity: int  # optimiser steps behind it; 0 is zero-shot
-    seed: int
+    seed: int  # of training
     target: str  # the budget as the user wrote it, for example macs=50%
-    macs: int
-    params: int
+    macs: int  # of the compressed model
+    params: int  # weights of the compressed model
     macs_ratio: float  # of the dense model
-    limit_macs: int | None
-    feasible: bool
+    limit_macs: int | None  # what the budget allowed
+    feasible: bool  # within its budget
     tokens: list[int]  # patch tokens after each block
-    plan_key: str
+    plan_key: str  # short hash of the plan: equal architectures have equal keys
     kl: float | None = None  # mean KL(teacher || student) on the calibration images
     accuracy: float | None = None  # on the selection split: what choices are made by
     test_accuracy: float | None = None  # for the report only, never for a choice
     loss: float | None = None  # at the end of training
-    scorer: str = ""
+    scorer: str = ""  # names of the components; their parameters are in `components`
     aggregator: str = ""
     cascade: str = ""
     distiller: str = ""
     importance: str = ""  # where widths or depth were pruned
     saved_tokens: float | None = None  # share of the dense MACs that cutting tokens took (costs.saved_macs)
-    saved_widths: float | None = None
-    saved_depth: float | None = None
-    saved_ranks: float | None = None
+    saved_widths: float | None = None  # the share that narrower layers took
+    saved_depth: float | None = None  # missing half-blocks
+    saved_ranks: float | None = None  # factorised matrices
     saved_unread: float | None = None  # work on tokens that nothing reads
     components: dict[str, Any] = field(default_factory=dict)  # kind to name and parameters
     identities: dict[str, Any] = field(default_factory=dict)  # kind to package, version and hash
-    params_searched: dict[str, Any] = field(default_factory=dict)
+    params_searched: dict[str, Any] = field(
+        default_factory=dict
+    )  # the point in the search space, as measured
     parent: int | None = None  # the trial of the rung below that this one was promoted from
     proposal: int | None = None  # its number among the search's proposals
     known: int | None = None  # how many proposals had been measured when it was made
@@ -74,7 +76,7 @@ class TrialRow:
         None  # nan_loss, not_finite, out_of_memory, timeout, worker_died, user_error or error
     )
     error: str | None = None  # one line
-    seconds: float = 0.0
+    seconds: float = 0.0  # from start to end
     compute_seconds: float | None = None  # forward and training passes alone
     overhead_seconds: float | None = None  # all the rest; from the two above where not given
     finished_at: str = ""  # ISO 8601, UTC
