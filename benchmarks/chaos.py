@@ -2,10 +2,10 @@
 
     python benchmarks/chaos.py --kills 20 --seed 0 --out results/chaos.json
 
-A tiny model on digits, all rungs of a ladder, every process killed by SIGKILL: by turns at random the
-command itself, which is then resumed, or the worker process that measures for it. What must hold is
-that every trial is there exactly once and, with one worker, that the same was proposed, measured and
-promoted as without the kills. Exit code 1 if it does not.
+A tiny model on digits, all rungs of a ladder, one trial at a time. What is killed, always by SIGKILL, is
+by turns at random the command itself, which is then resumed, or the process that measures for it (on
+Ray also the worker that watches that process). What must hold: every trial is there exactly once, and
+the same was proposed, measured and promoted as in peace. Exit code 1 if it does not.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ SPACE: dict[str, Any] = {
     },
     "search": {
         "trials": 40,
-        "executor": "local",
+        "concurrency": 1,
         "ladder": [
             {"rung": "zero-shot"},
             {"rung": "train", "steps": 10, "keep": 0.5},
@@ -75,10 +76,11 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the instants and of what is killed")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local")
     parser.add_argument("--out", type=Path, help="JSON file for what was found")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = compare(Path(folder), arguments.kills, arguments.seed)
+        found = compare(Path(folder), arguments.kills, arguments.seed, arguments.executor)
     text = json.dumps(found, indent=1)
     print(text)
     if arguments.out:
@@ -87,19 +89,21 @@ def main() -> None:
     sys.exit(0 if expected else 1)
 
 
-def compare(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def compare(folder: Path, kills: int, seed: int, executor: str) -> dict[str, Any]:
     """One run in peace and one that is killed; what differs between them."""
     space = folder / "space.yaml"
-    space.write_text(yaml.safe_dump(SPACE))
+    space.write_text(yaml.safe_dump({**SPACE, "search": {**SPACE["search"], "executor": executor}}))
     peaceful = launch(space, folder / "peaceful", resume=False)
     if peaceful.wait() != 0:
         sys.exit("the run without kills failed")
-    events = torment(space, folder / "killed", random.Random(seed), kills, count(folder / "peaceful"))
+    events = torment(
+        space, folder / "killed", random.Random(seed), kills, count(folder / "peaceful"), executor == "ray"
+    )
     before, after = (load_run(folder / name).rows for name in ("peaceful", "killed"))
     ids = [r.id for r in after]
     return {
-        "command": f"python benchmarks/chaos.py --kills {kills} --seed {seed}",
-        "kills": {who: sum(e["killed"] == who for e in events) for who in ("driver", "worker")},
+        "command": f"python benchmarks/chaos.py --kills {kills} --seed {seed} --executor {executor}",
+        "kills": dict(Counter(e["killed"] for e in events)),
         "events": events,
         "trials": len(before),
         "trials_killed": len(after),
@@ -115,23 +119,30 @@ def launch(space: Path, out: Path, *, resume: bool) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "ucc_search", "search", str(space), "--out", str(out)]
     log = open(out.with_suffix(".log"), "ab")  # noqa: SIM115  (the child keeps it)
     return subprocess.Popen(
-        command + (["--resume"] if resume else []), stdout=log, stderr=log, start_new_session=True
+        command + (["--resume"] if resume else []),
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        env={**os.environ, "CHAOS_MARK": str(out)},
     )
 
 
-def torment(space: Path, out: Path, chance: random.Random, kills: int, trials: int) -> list[dict[str, Any]]:
+def torment(
+    space: Path, out: Path, chance: random.Random, kills: int, trials: int, ray: bool
+) -> list[dict[str, Any]]:
     """Run to the end through so many kills, at instants spread over the run's trials."""
     events: list[dict[str, Any]] = []
     process = launch(space, out, resume=False)
     for wanted in sorted(chance.randrange(trials) for _ in range(kills)):
-        who = chance.choice(["driver", "worker"])
+        who = chance.choice(["driver", "worker", "ray worker"] if ray else ["driver", "worker"])
         await_rows(process, out, wanted)
         time.sleep(chance.uniform(0, LATEST))
-        victims = [process.pid] if who == "driver" else worker_of(process)
-        if process.poll() is not None:
+        victim = process.pid if who == "driver" else worker_of(process, str(out))
+        if process.poll() is not None or victim is None:
             break
-        for victim in victims:
-            os.kill(victim, signal.SIGKILL)
+        if who == "ray worker":
+            victim = parent_of(victim)
+        os.kill(victim, signal.SIGKILL)
         events.append({"killed": who, "trials": count(out)})
         if who == "driver":
             process.wait()
@@ -158,18 +169,23 @@ def count(out: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def worker_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """The process that measures for this one, once there is one (Linux)."""
+def worker_of(process: subprocess.Popen[bytes], mark: str) -> int | None:
+    """The process that measures for the command with this mark, once there is one; None if the command is over."""
     while process.poll() is None:
-        for stat in Path("/proc").glob("[0-9]*/stat"):
+        for folder in Path("/proc").glob("[0-9]*"):
             try:
-                parent = int(stat.read_text().rpartition(")")[2].split()[1])
-                if parent == process.pid and "supervisor" in (stat.parent / "cmdline").read_text():
-                    return [int(stat.parent.name)]
-            except (FileNotFoundError, ProcessLookupError):
-                continue  # it ended while we looked
+                if b"supervisor" in (folder / "cmdline").read_bytes() and mark.encode() in (
+                    (folder / "environ").read_bytes()
+                ):
+                    return int(folder.name)
+            except OSError:
+                continue  # it ended while we looked, or is somebody else's
         time.sleep(0.05)
-    return []
+    return None
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def work(row: TrialRow) -> tuple[Any, ...]:

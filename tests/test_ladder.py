@@ -136,16 +136,17 @@ def test_only_finished_feasible_trials_of_that_rung_climb():
     assert [p.id for p in climbing(rows, Level("zero-shot", 0, False, None, (0,)), 1)] == [5]
 
 
-def test_where_each_trial_has_its_own_limit_whole_fronts_climb():
-    """Else the dearest would climb and the front would have one end only."""
+def test_of_a_range_of_budgets_whole_fronts_climb():
+    """Else the dearest would climb, or one of each budget however bad; of a front its ends come first."""
     macs = [5_000_000, 4_000_000, 3_000_000, 2_000_000, 4_500_000]
     accuracies = [0.9, 0.8, 0.7, 0.5, 0.6]
     rows = [
-        stopped(i, macs=m, limit_macs=m, accuracy=a)
+        stopped(i, macs=m, target=f"macs={m}", accuracy=a)
         for i, (m, a) in enumerate(zip(macs, accuracies, strict=True))
     ]
-    assert {p.id for p in climbing(rows, SHORT, 4)} == {0, 1, 2, 3}
-    assert {p.id for p in climbing(rows, SHORT, 2)} == {0, 3}
+    assert {p.id for p in climbing(rows, SHORT, 4, together=True)} == {0, 1, 2, 3}
+    assert {p.id for p in climbing(rows, SHORT, 2, together=True)} == {0, 3}
+    assert len(climbing(rows, SHORT, 1)) == 5
 
 
 # Rungs never meet

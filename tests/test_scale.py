@@ -183,6 +183,18 @@ def test_a_node_that_is_missed_only_later_is_to_blame_all_the_same(searcher):
     assert searcher.stub.done == []
 
 
+def test_a_full_disk_ends_the_run_and_not_the_process(searcher):
+    def full(job, outcome):
+        raise RunError("cannot be written")
+
+    searcher.stub.finish = full
+    searcher.suggest("t0")
+    searcher.on_trial_complete("t0", {"state": "ok"})
+    assert searcher.suggest("t1") == tuning.Searcher.FINISHED
+    assert str(searcher.problem) == "cannot be written"
+    assert not searcher.finished
+
+
 def test_the_cluster_is_filled_and_not_more(searcher):
     assert all(searcher.suggest(f"t{n}") for n in range(3))
     searcher.stub.waiting = [SimpleNamespace(id=9, to_dict=dict), SimpleNamespace(id=10, to_dict=dict)]

@@ -64,24 +64,24 @@ def at_level(rows: Sequence[TrialRow], level: Level) -> list[Point]:
     return [p for p in aggregate_seeds(measured) if quality(p) > -math.inf]
 
 
-def climbing(rows: Sequence[TrialRow], below: Level, keep: int | float) -> list[Point]:
-    """Which trials of a rung climb onto the next, by budget and set of components.
+def climbing(
+    rows: Sequence[TrialRow], below: Level, keep: int | float, *, together: bool = False
+) -> list[Point]:
+    """Which trials of a rung climb onto the next, by set of components and budget.
 
     Args:
         keep: how many of each group; below 1 a share of it, rounded up.
+        together: all budgets are one group, which sends its fronts: fewer MACs count as quality does.
     """
-    limits = {r.id: r.limit_macs for r in rows}
     groups: dict[tuple[str, ...], list[Point]] = defaultdict(list)
     for point in at_level(rows, below):
         # Cheap measurements rank schedules within a method, but not one method against another.
-        key = (point.target, point.scorer, point.aggregator, point.cascade, point.distiller)
-        groups[key].append(point)
+        components = (point.scorer, point.aggregator, point.cascade, point.distiller)
+        groups[("" if together else point.target, *components)].append(point)
     chosen: list[Point] = []
     for members in groups.values():
         count = keep if isinstance(keep, int) else math.ceil(keep * len(members))
-        one_limit = len({limits[p.id] for p in members}) == 1
-        ordered = sorted(members, key=_best_first) if one_limit else _by_fronts(members)
-        chosen += ordered[:count]
+        chosen += (_by_fronts(members) if together else sorted(members, key=_best_first))[:count]
     return chosen
 
 
@@ -91,7 +91,7 @@ def _best_first(point: Point) -> tuple[float, float, int]:
 
 
 def _by_fronts(points: Sequence[Point]) -> list[Point]:
-    """Where every point has a budget of its own: undominated ones first, of one front the loneliest first."""
+    """Undominated ones first, of one front the loneliest first (NSGA-II)."""
     rest, ordered = list(points), list[Point]()
     while rest:
         front = front_of(rest)
