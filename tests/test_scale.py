@@ -15,7 +15,7 @@ from rows import row
 from tiny import tiny_config
 
 from ucc_search import checkpoints, cluster, tuning, workbench
-from ucc_search.errors import ClusterError, ConfigError, DataError
+from ucc_search.errors import ClusterError, ConfigError, DataError, RunError
 from ucc_search.parcel import Parcel, folders_of_teacher
 from ucc_search.plugins import Plugins
 from ucc_search.runner import search
