@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rows import row
 from tiny import tiny_config
 
@@ -20,8 +21,10 @@ from ucc_search.parcel import Parcel, folders_of_teacher
 from ucc_search.plugins import Plugins
 from ucc_search.runner import search
 from ucc_search.runs import Run
+from ucc_search.saving import load_model
 from ucc_search.supervisor import DEATHS
 from ucc_search.teachers import load_teacher
+from ucc_search.train import combine_statistics
 
 QUICK = {"steps": 2}
 NORM = """
@@ -203,6 +206,84 @@ def test_the_cluster_is_filled_and_not_more(searcher):
     searcher.alive["c"] = SMALL
     searcher._seen = (0.0, {})
     assert searcher.suggest("t5")
+
+
+# Several processes per trial
+
+
+def test_batch_norms_of_all_ranks_become_those_of_all_images(monkeypatch):
+    """Each rank sees its share; what is saved and measured must not depend on which."""
+    images = torch.randn(64, 3, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
+    ranks = []
+    for share in images.chunk(2):
+        model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+        model[0].running_mean.copy_(share.mean((0, 2, 3)))
+        model[0].running_var.copy_(share.var((0, 2, 3), unbiased=False))
+        ranks.append(model)
+    other = torch.stack((ranks[1][0].running_mean, ranks[1][0].running_var + ranks[1][0].running_mean ** 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda moments: moments.add_(other))
+    combine_statistics(ranks[0], 2)
+    assert torch.allclose(ranks[0][0].running_mean, images.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(ranks[0][0].running_var, images.var((0, 2, 3), unbiased=False), atol=1e-5)
+
+
+TOGETHER = """
+import os
+from pathlib import Path
+
+import torch
+
+from ucc_search import Distiller, hookimpl
+
+
+class Watches(Distiller):
+    fails: bool
+
+    def __init__(self, fails=0.0):
+        self.fails = fails
+
+    def losses(self, student, teacher, progress):
+        rank = torch.distributed.get_rank()
+        with open(Path(__file__).with_name("ranks"), "a") as file:
+            file.write(f"{rank} {os.getpid()} {torch.distributed.get_world_size()}\\n")
+        if self.fails and rank == 1:
+            raise RuntimeError("rank 1 broke")
+        return {}
+
+
+@hookimpl
+def ucc_distillers():
+    return {"watches": Watches}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_two_warm_processes_train_every_candidate_together_with_zero(executor, tmp_path):
+    plugin = tmp_path / "watches.py"
+    plugin.write_text(TOGETHER, encoding="utf-8")
+    broken = {"name": "broken", "distiller": {"name": "watches", "fails": 1.0}}
+    config = tiny_config(
+        plugins=[str(plugin)],
+        budget={"macs": "50%"},
+        space={"distiller": "watches"},
+        baselines=[{"name": "random", "distiller": "watches"}, broken],
+        search={"trials": 2, "executor": executor},
+        train={"engine": "deepspeed", "workers": 2, "zero_stage": 1, "steps": 3, "batch_size": 32},
+    )
+    run = search(config, out=tmp_path / "run")
+    trained = {r.method: r for r in run.rows if r.rung == "train" and r.origin != "dense"}
+    assert (trained["broken"].failure, trained["broken"].error) == ("error", "RuntimeError: rank 1 broke")
+    assert trained["random"].state == trained["search"].state == "ok", [r.error for r in run.rows]
+    seen = [tuple(map(int, line.split())) for line in (tmp_path / "ranks").read_text().splitlines()]
+    assert {world for _, _, world in seen} == {2}
+    processes = {rank: list(dict.fromkeys(p for r, p, _ in seen if r == rank)) for rank in (0, 1)}
+    assert [len(p) for p in processes.values()] == [2, 2], "a pair that stays, and one after the broken trial"
+    assert os.getpid() not in processes[0]
+    model = load_model(
+        tmp_path / "run" / "trials" / str(trained["search"].id), plugins=Plugins.load([str(plugin)])
+    )
+    assert sum(p.numel() for p in model.parameters()) == trained["search"].params
 
 
 # Whole runs

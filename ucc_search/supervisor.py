@@ -95,19 +95,8 @@ class Supervisor:
         if self._process is not None and self._process.poll() is None and self._pipe is not None:
             return self._pipe
         self.end()
-        ours, theirs = Pipe()
-        # Plugins given by name are found where this process finds them.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CODE.format(fd=theirs.fileno())],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
-        self._pipe = ours
-        return ours
+        self._process, self._pipe = started(_CODE, new_session=True)
+        return self._pipe
 
     def end(self) -> None:
         """Kill the process, and those it started (several train one candidate together)."""
@@ -132,30 +121,57 @@ class Supervisor:
 _supervisor = Supervisor()
 
 
-def serve(fd: int) -> None:
-    """What the worker process does: jobs from the pipe, until the other end is closed."""
-    pipe = Connection(fd)
-    requests: list[Mapping[str, Any]] = []
+def started(code: str, *, new_session: bool) -> tuple[subprocess.Popen[bytes], Connection]:
+    """A fresh process that runs some code, in which `{fd}` stands for its end of a pipe to here."""
+    ours, theirs = Pipe()
+    # Plugins given by name are found where this process finds them.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code.format(fd=theirs.fileno())],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+        start_new_session=new_session,
+    )
+    theirs.close()
+    return process, ours
+
+
+def requests(pipe: Connection, when_alone: Callable[[], None]) -> Iterator[Any]:
+    """What comes through the pipe, one after the other.
+
+    Args:
+        when_alone: called when the other end is gone, also while a request is being worked on.
+    """
+    waiting: list[Any] = []
     arrived = threading.Condition()
 
     def listen() -> None:
-        # Also while a job runs: a supervisor that was killed must not leave a trial running behind.
         try:
             while True:
-                task = pipe.recv()
+                request = pipe.recv()
                 with arrived:
-                    requests.append(task)
+                    waiting.append(request)
                     arrived.notify()
         except (EOFError, OSError):
-            os.killpg(0, signal.SIGKILL)
+            when_alone()
 
     threading.Thread(target=listen, daemon=True).start()
-    from ucc_search import worker
-
     while True:
         with arrived:
-            arrived.wait_for(lambda: bool(requests))
-            task = requests.pop()
+            arrived.wait_for(lambda: bool(waiting))
+            request = waiting.pop(0)
+        yield request
+
+
+def serve(fd: int) -> None:
+    """What the worker process does: jobs from the pipe, until the other end is closed."""
+    pipe = Connection(fd)
+    # Also while a job runs: a supervisor that was killed must not leave a trial running behind.
+    tasks = requests(pipe, lambda: os.killpg(0, signal.SIGKILL))
+    from ucc_search import worker
+
+    for task in tasks:
         worker.prepare(task)
         pipe.send(_READY)
         signal.setitimer(signal.ITIMER_REAL, float(task["timeout"]) + _GRACE)

@@ -130,6 +130,9 @@ def fit(
         loop.save(save)
     result.seconds = time.perf_counter() - start
     result.averaged = average.module if average is not None and int(average.n_averaged) else None
+    if worker.world > 1:
+        for model in filter(None, (module.model, result.averaged)):
+            combine_statistics(model, worker.world)
     module.eval()
     return result
 
@@ -176,6 +179,21 @@ class _Loop:
         torch.set_rng_state(state["random"])
         if state["random_cuda"]:
             torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+def combine_statistics(model: nn.Module, world: int) -> None:
+    """Give batch norms the running mean and variance over the images of all ranks, each of which saw its own share.
+
+    While training, every rank normalises by its own share of a batch, as data-parallel training does by default.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            mean, variance = module.running_mean, module.running_var
+            moments = torch.stack((mean, variance + mean.square()))
+            torch.distributed.all_reduce(moments)
+            first, second = moments / world
+            mean.copy_(first)
+            variance.copy_((second - first.square()).clamp_min(0))
 
 
 def _step(

@@ -236,6 +236,8 @@ class Workbench:
         set_tokens(student, plan.tokens)
         model = (result.averaged or student).float().eval()
         set_tokens(model, plan.tokens)
+        if worker is not None and worker.rank > 0:
+            return Measurement()  # rank 0 measures for all
         measured = Measurement(
             kl=self._on_calibration(model)[0],
             accuracy=accuracy(model, self.splits.select),

@@ -18,6 +18,7 @@ import torch
 from ucc_search.errors import UserError
 from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Components
 from ucc_search.plan import CompressionPlan
+from ucc_search.ranks import RankError, train_together
 from ucc_search.saving import arch_of
 from ucc_search.train import TrainingError, Worker
 from ucc_search.workbench import Measurement, Workbench, warm_bench
@@ -43,7 +44,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
         outcome["files"] = files
     except (Exception, SystemExit) as error:  # a candidate's failure must not end the run
         logging.getLogger(__name__).debug("trial failed", exc_info=True)
-        outcome = {"state": "failed", "failure": failure_class(error), "error": _one_line(error)}
+        outcome = {"state": "failed", "failure": failure_class(error), "error": one_line(error)}
     return outcome | {"seconds": time.perf_counter() - start}
 
 
@@ -62,7 +63,7 @@ def _measure(bench: Workbench, task: Mapping[str, Any]) -> Measurement:
         torch.manual_seed(job["seed"])  # of learned scorers, and of all weights from scratch
         return bench.zero_shot(bench.compressed(plan, parts, refs["importance"], **_start(job)))
     if bench.config.train.workers > 1:
-        return _train_together(task, bench.config.train.workers)
+        return Measurement(**train_together(task, bench.config.train.workers))
     return _train(bench, task, None)
 
 
@@ -106,27 +107,10 @@ def _here(state: str | None) -> Path | None:
     return Path(state) if state is not None and Path(state).parent.is_dir() else None
 
 
-def _train_together(task: Mapping[str, Any], world: int) -> Measurement:
-    """Several processes train one candidate; they meet at a file, so no port can clash."""
-    from torch.multiprocessing.spawn import start_processes
-
-    with tempfile.TemporaryDirectory(prefix="ucc-search-") as folder:
-        rendezvous, result = (str(Path(folder) / name) for name in ("rendezvous", "result.pt"))
-        start_processes(  # type: ignore[no-untyped-call]
-            _rank_main, (world, rendezvous, dict(task), result), nprocs=world, start_method="spawn"
-        )
-        return Measurement(**torch.load(result, weights_only=True))
-
-
-def _rank_main(rank: int, world: int, rendezvous: str, task: dict[str, Any], result: str) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)
+def train_rank(task: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
+    """The part of one of several processes that train a candidate; rank 0 measures it."""
     torch.set_num_threads(task["threads"])
-    bench = warm_bench(task["config"], task["plugins"])
-    measured = _train(bench, task, Worker(rank, world, rendezvous))
-    if rank == 0:
-        torch.save(measured.__dict__, result)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return vars(_train(warm_bench(task["config"], task["plugins"]), task, worker))
 
 
 def _outcome(measured: Measurement) -> dict[str, Any]:
@@ -148,6 +132,8 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "cannot all
 
 def failure_class(error: BaseException) -> str:
     """A word for the table of failures."""
+    if isinstance(error, RankError):
+        return error.failure
     text = str(error).lower()
     if isinstance(error, TrainingError):
         return "nan_loss"
@@ -163,8 +149,8 @@ def failure_class(error: BaseException) -> str:
     return "user_error" if isinstance(error, UserError) else "error"
 
 
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    # A process of several that failed brings its whole traceback; the reason is its last line.
-    text = lines[-1] if "Traceback" in str(error) else " ".join(" ".join(lines).split())
-    return f"{type(error).__name__}: {text}"[:500]
+def one_line(error: BaseException) -> str:
+    """An error's type and text, cut to 500 characters."""
+    text = " ".join(str(error).split())
+    # What a process of several reported names the type already.
+    return (text if isinstance(error, RankError) else f"{type(error).__name__}: {text}")[:500]
