@@ -13,6 +13,8 @@ from typing import Any
 
 from ucc_search.supervisor import DEATHS, WorkerDiedError, requests, started
 
+_CODE = "from ucc_search.ranks import serve; serve({fd}, RANK, WORLD)"
+
 
 class RankError(RuntimeError):
     """What went wrong in one of the processes; `failure` is its class in the table of failures."""
@@ -30,7 +32,8 @@ class Ranks:
         self.world = world
         # In the session of this process: who ends it from outside ends them too.
         self._members: list[tuple[subprocess.Popen[bytes], Connection]] = [
-            started("ucc_search.ranks", "serve", rank, world, new_session=False) for rank in range(world)
+            started(_CODE.replace("RANK", str(rank)).replace("WORLD", str(world)), new_session=False)
+            for rank in range(world)
         ]
 
     def train(self, task: Mapping[str, Any]) -> dict[str, Any]:

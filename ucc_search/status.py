@@ -129,10 +129,10 @@ def _rung(name: str, rows: Sequence[TrialRow], planned: int) -> RungStatus:
 
 def _pace(rows: Sequence[TrialRow]) -> float | None:
     """Seconds from one finished trial to the next."""
-    if len(rows) < 2:
+    times = [datetime.fromisoformat(r.finished_at) for r in rows if r.finished_at]
+    if len(times) < 2:
         return None
-    first, last = (datetime.fromisoformat(r.finished_at) for r in (rows[0], rows[-1]))
-    return (last - first).total_seconds() / (len(rows) - 1)
+    return (times[-1] - times[0]).total_seconds() / (len(times) - 1)
 
 
 def _best(found: Mapping[str, Sequence[TrialRow]]) -> tuple[Best, ...]:
