@@ -31,7 +31,7 @@ ALLOWED = {
     "costs": {"plan", "interfaces", "builtin"},
     "interfaces": {"plan"},
     "hookspecs": {"interfaces"},
-    "config": {"errors", "interfaces"},
+    "config": {"errors", "interfaces", "units"},
     "plugin_checks": {"errors", "hookspecs"},
     "plugin_sources": {"errors", "hookspecs", "shapes"},
     "plugins": {"builtin", "errors", "hookspecs", "interfaces", "plugin_checks", "plugin_sources"},

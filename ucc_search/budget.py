@@ -43,14 +43,12 @@ def budgets(config: BudgetConfig, dense: Cost) -> list[Budget]:
         BudgetError: a value is neither a percentage nor an amount.
     """
     params = None if config.params is None else _limit(config.params, dense.params, "budget.params")
-    if config.macs is not None:
-        return [Budget(f"macs={_text(v)}", _limit(v, dense.macs, "budget.macs"), params) for v in config.macs]
-    if config.flops is not None:
-        return [
-            Budget(f"flops={_text(v)}", _limit(v, dense.flops, "budget.flops") // 2, params)
-            for v in config.flops
-        ]
-    return [Budget(f"params={_text(config.params)}", None, params)]
+    metric, targets = config.targets()
+    if not targets:
+        return [Budget(f"params={_text(config.params)}", None, params)]
+    per_mac = 2 if metric == "flops" else 1
+    limits = [_limit(v, per_mac * dense.macs, f"budget.{metric}") // per_mac for v in targets]
+    return [Budget(f"{metric}={_text(v)}", most, params) for v, most in zip(targets, limits, strict=True)]
 
 
 def _text(value: str | float | None) -> str:

@@ -99,4 +99,4 @@ def _images(rung: str, steps: int, config: RunConfig) -> int:
 
 
 def _targets(config: RunConfig) -> int:
-    return len(config.budget.macs or config.budget.flops or (0,))
+    return max(1, len(config.budget.targets()[1]))

@@ -16,7 +16,7 @@ from ucc_search.budget import Budget
 from ucc_search.config import RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import BudgetError
-from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Measured, SamplerRequest
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Dimension, Measured, SamplerRequest
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
@@ -24,6 +24,8 @@ from ucc_search.schedule import Scheduler
 from ucc_search.space import Candidate, SearchSpace
 from ucc_search.store import RunStore, TrialRow, heal_journal, plan_key
 
+BUDGET = "budget"
+"""The dimension that numbers the targets, where one study covers a range of them."""
 _REPROPOSE = 20
 _SPENT = 0.99  # a proposal that leaves more of its budget unused is made again
 
@@ -65,19 +67,34 @@ class Proposals:
         self._known = 0
         with store.writing():
             heal_journal(store.path / JOURNAL)
-            self._proposers = {b.label: self._proposer(i, b, starts) for i, b in enumerate(self._budgets)}
+            self._proposers = self._make_proposers(starts)
         self._lost = self._replay(rows)
 
-    def _proposer(self, index: int, budget: Budget, starts: Mapping[str, Mapping[str, Any]]) -> Proposer:
-        search, label = self._config.search, budget.label
-        first = [starts[label]] if label in starts else []
+    def _make_proposers(self, starts: Mapping[str, Mapping[str, Any]]) -> dict[str, Proposer]:
+        """By the budget's label: one for each, or one for all of a range."""
+        budgets, known_good = self._budgets, self._space.known_good()
+        if not self._config.budget.one_study:
+            return {
+                b.label: self._proposer(
+                    b.label, i, [*([starts[b.label]] if b.label in starts else []), *known_good]
+                )
+                for i, b in enumerate(budgets)
+            }
+        chosen = [{**starts[b.label], BUDGET: i} for i, b in enumerate(budgets) if b.label in starts]
+        proposer = self._proposer(f"{budgets[0].label} to {budgets[-1].label}", None, [*chosen, *known_good])
+        return {b.label: proposer for b in budgets}
+
+    def _proposer(self, label: str, index: int | None, starts: Sequence[Mapping[str, Any]]) -> Proposer:
+        """A study; of all budgets, as one dimension more, where no index is given."""
+        search, count = self._config.search, len(self._budgets)
+        whole = [Dimension(BUDGET, 0, count - 1, step=1)] if index is None else []
         request = SamplerRequest(
-            dimensions=self._space.dimensions,
-            maximize=[search.rungs[0].rung == "train"],
-            seed=search.seed + 1000 * index,
-            trials=-(-search.trials // len(self._budgets)),
-            starts=[*first, *self._space.known_good()],
-            project=functools.partial(self._projected, budget),
+            dimensions=[*self._space.dimensions, *whole],
+            maximize=[search.rungs[0].rung == "train", *([False] if index is None else [])],
+            seed=search.seed + 1000 * (index or 0),
+            trials=search.trials if index is None else -(-search.trials // count),
+            starts=starts,
+            project=functools.partial(self._projected, index),
         )
         return Proposer(
             self._plugins.build("sampler", search.sampler),
@@ -119,6 +136,7 @@ class Proposals:
         budget = self._budgets[number % len(self._budgets)]
         for _ in range(_REPROPOSE):
             params = self._proposers[budget.label].propose()
+            budget = self._budgets[params[BUDGET]] if BUDGET in params else budget
             candidate = self._space.decode(params)
             plan = self._scheduler.plan(candidate, budget)
             signature = _signature(plan_key(plan), _dicts(candidate.components), budget.label)
@@ -128,8 +146,9 @@ class Proposals:
         measured = replace(candidate, params=self._space.at_plan(params, plan))
         return Proposal(number, self._known, budget, measured, plan)
 
-    def _projected(self, budget: Budget, point: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _projected(self, index: int | None, point: Mapping[str, Any]) -> dict[str, Any] | None:
         """Where a proposal would be measured; None if it cannot meet the budget."""
+        budget = self._budgets[point[BUDGET] if index is None else index]
         try:
             return self._space.at_plan(point, self._scheduler.plan(self._space.decode(point), budget))
         except BudgetError:
@@ -148,6 +167,8 @@ class Proposals:
         self._seen.add(_signature(row.plan_key, row.components, row.target))
         value = row.kl if row.rung == "zero-shot" else row.accuracy
         values = [value] if value is not None and row.state != "failed" else None
+        if values and self._config.budget.one_study:
+            values.append(row.macs_ratio)
         attributes = {
             "trial": row.id,
             "macs": row.macs,

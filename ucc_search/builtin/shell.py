@@ -74,7 +74,8 @@ class Shell(Sampler):
         """A known good point, or a random one while these are few."""
         while self._starts:
             drawn = {d.name: _uniform(d, self._rng) for d in self._searched}
-            point = self._projected({**drawn, **self._starts.pop(0)}, level)
+            start = dict(self._starts.pop(0))
+            point = self._projected({**drawn, **start}, start.pop("budget", level))
             if point is not None and self._new(point):
                 return point
         return self._random(level) if len(self._measured) + len(self._pending) < self.startup else None
