@@ -112,6 +112,19 @@ WRONG = {
         (*SEARCH, "--trials", "-1"),
         ["space.yaml", "search.trials is -1", "greater than or equal to 0"],
     ),
+    "ladder without keep": (
+        sets("search.ladder=[{rung: zero-shot}, {rung: train}]"),
+        ["search.ladder", "rung 2 needs `keep`"],
+    ),
+    "ladder's key": (
+        sets("search.ladder=[{rung: zero-shot}, {rung: train, kep: 1}]"),
+        ["'search.ladder.1.kep'", "did you mean 'keep'?"],
+    ),
+    "ladder that is flat": (
+        sets("search.ladder=[{rung: train, steps: 999}, {rung: train, keep: 1}]"),
+        ["search.ladder: rung 2 ends at step", "expected more than the 999"],
+    ),
+    "time limit 0": (sets("search.trial_timeout=0"), ["search.trial_timeout is 0", "greater than 0"]),
     "keep ratio 0": (
         sets("space.keep_ratio={low: 0, high: 1}"),
         ["space.keep_ratio", "low is 0", "0 < keep"],

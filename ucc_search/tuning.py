@@ -38,6 +38,7 @@ def run_on_ray(campaign: Campaign, parcel: Parcel, log: Log) -> None:
     one = placement(campaign.config, list(nodes().values()))
     searcher = CampaignSearcher(campaign, one, log)
     scratch = campaign.store.path / "ray"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     try:
         tuner = tune.Tuner(
             tune.with_resources(
