@@ -152,6 +152,8 @@ def test_all_packages_install_into_a_fresh_environment(fresh):
         p["name"]: p["status"] for p in listed["plugins"] if p["origin"].startswith("package ucc-plugin-")
     }
     assert status == {p.name.removeprefix("ucc-plugin-"): "ok" for p in PACKAGES}
+    checked = json.loads(fresh.run("ucc-search plugins validate --json"))
+    assert {c["plugin"] for c in checked} >= set(status)
 
 
 TUTORIAL = (ROOT / "docs" / "tutorial-scorer.md").read_text(encoding="utf-8")
