@@ -9,6 +9,8 @@ from ucc_search import cli
 from ucc_search.config import dump_config, load_config
 from ucc_search.contender import with_contender
 from ucc_search.errors import ConfigError
+from ucc_search.interfaces import ComponentRef, Measured, SamplerRequest
+from ucc_search.plugins import Plugins
 from ucc_search.runs import load_run
 
 BASELINE = {"name": "evit", "scorer": "class_attention", "aggregator": "fuse"}
@@ -65,6 +67,7 @@ def test_the_command_measures_baselines_and_contender_alike(tmp_path, monkeypatc
         tmp_path,
         baselines=[BASELINE],
         search={"seeds": [0, 1]},
+        space={"cascade": "geometric"},
         budget={"macs": "60%"},
         teacher={"steps": 10},
     )
@@ -80,3 +83,14 @@ def test_the_command_measures_baselines_and_contender_alike(tmp_path, monkeypatc
     assert measured == [(method, *what) for method in ("evit", "spectral") for what in each]
     assert len({r.limit_macs for r in rows if r.origin != "dense"}) == 1
     assert "spectral" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["shell", "tpe", "random"])
+def test_samplers_bear_a_space_where_nothing_is_searched(name):
+    """Fixed components and a fixed schedule: a comparison asks for no proposal, yet a study is opened."""
+    sampler = Plugins.load(entry_points=False, environment=False).build("sampler", ComponentRef(name))
+    sampler.start(SamplerRequest((), (False,), 0, 3, (), dict))
+    for _ in range(10):
+        point = sampler.propose()
+        assert dict(point) == {}
+        sampler.tell(Measured(point, (1.0,), {}))

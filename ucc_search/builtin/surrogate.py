@@ -27,7 +27,7 @@ class Surrogate:
 
     def __init__(self, groups: Sequence[int]) -> None:
         self._groups = np.array(groups, dtype=np.int64)
-        count = int(self._groups.max()) + 1
+        count = max(groups, default=-1) + 1  # none where nothing is searched
         # Base-2 logarithms: length scales, then the variances of the linear part and of the noise.
         self._setting = [1.0] * count + [-2.0, -6.0]
         self._bounds = [(-3.0, 5.0)] * count + [(-10.0, 4.0), (-12.0, 0.0)]
