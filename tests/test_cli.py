@@ -206,6 +206,10 @@ WRONG = {
         ["no trial fits", "the fewest of any", "allow more"],
     ),
     "analyze with no run": (("analyze", "run", "empty"), ["empty", "not a run folder"]),
+    "sensitivity of too much": (
+        ("sensitivity", "space.yaml", "--keep", "2"),
+        ["--keep is 2", "above 0 and below 1"],
+    ),
     "report of no run": (("report", "empty"), ["empty", "not a run folder"]),
     "report into a file": (
         ("report", "run", "--out", "space.yaml/report.html"),

@@ -130,7 +130,7 @@ def call(arguments: list[str], monkeypatch) -> None:
 
 
 LIGHT = [
-    pytest.param(a, marks=[pytest.mark.slow] if a[0] == "report" else [])
+    pytest.param(a, marks=[pytest.mark.slow] if a[0] in ("report", "sensitivity") else [])
     for page in TUTORIALS
     for a in commands(page)
     if not needs_a_search(" ".join(a))

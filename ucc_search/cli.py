@@ -364,6 +364,31 @@ def importance(
     typer.echo(json.dumps(found, indent=1) if as_json else scores_text(found))
 
 
+@app.command()
+def sensitivity(
+    space: Space,
+    keep: Annotated[float, typer.Option(help="Share of the patch tokens that stay from a block on.")] = 0.5,
+    plugin: PluginOption = None,
+    disable_plugin: Disable = None,
+    no_plugins: NoPlugins = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """What each block can spare: cut one at a time, measured without training. Writes nothing."""
+    config = _config(space, sets)
+    plugins = _plugins(config, plugin, disable_plugin, no_plugins)
+    from rich.console import Console
+
+    from ucc_search.sensitivity import probe_blocks, probe_json
+    from ucc_search.tables import print_probes
+
+    found = probe_blocks(config, plugins, keep=keep, log=lambda line: typer.echo(line, err=True))
+    if as_json:
+        typer.echo(json.dumps(probe_json(found), indent=1))
+    else:
+        print_probes(found, Console())
+
+
 @models.command()
 def inspect(
     name: Annotated[str, typer.Argument(help="A timm model name.", show_default=False)],

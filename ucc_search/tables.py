@@ -24,6 +24,7 @@ from ucc_search.influence import (
     parameter_importances,
 )
 from ucc_search.runs import Run
+from ucc_search.sensitivity import Probe
 from ucc_search.spread import Standing, standings, statements
 from ucc_search.store import TrialRow
 from ucc_search.units import format_macs, format_params
@@ -209,6 +210,32 @@ def _budgets_grid(budgets: Sequence[BudgetPair]) -> Grid:
         rows=[(p.target, str(p.trials_a), str(p.trials_b), ratio(p)) for p in budgets],
         text=("target",),
     )
+
+
+def print_probes(found: Sequence[Probe], console: Console) -> None:
+    """Cuts of single blocks, the cheapest first within each kind."""
+    kinds = list(dict.fromkeys(p.kind for p in found))
+    ordered = sorted(found, key=lambda p: (kinds.index(p.kind), p.price, p.block))
+    rows: list[tuple[str, ...]] = [
+        (
+            p.kind,
+            str(p.block),
+            MISSING if p.tokens is None else str(p.tokens),
+            f"{100 * p.saved:.1f}",
+            _number(p.kl),
+            _hundredths(p.accuracy),
+            MISSING if p.saved <= 0 else f"{p.price:.5f}",
+        )
+        for p in ordered
+    ]
+    grid = Grid(
+        title="One block cut at a time, without training (the cheapest first)",
+        columns=("what", "block", "tokens left", "MACs saved %", "KL", "accuracy %", "KL per % saved"),
+        rows=rows,
+        text=("what",),
+        note="tokens: cut from this block on; attention, mlp, block: this part is gone. Effects of several cuts do not add up.",
+    )
+    show(console, grid)
 
 
 def pick_message(run: Run, row: TrialRow) -> str:
