@@ -65,7 +65,10 @@ def content(run: Run) -> dict[str, Any]:
 
 def _dearest_first(rows: Sequence[TrialRow]) -> list[TrialRow]:
     """Budgets from the largest to the smallest, the order within each kept."""
-    return sorted(rows, key=lambda r: -(r.limit_macs or 0))
+    most: dict[str, int] = {}
+    for row in rows:
+        most[row.target] = max(most.get(row.target, 0), row.limit_macs or 0)
+    return sorted(rows, key=lambda r: -most[r.target])
 
 
 def in_words(text: str) -> str:
