@@ -144,9 +144,20 @@ def test_of_a_range_of_budgets_whole_fronts_climb():
         stopped(i, macs=m, target=f"macs={m}", accuracy=a)
         for i, (m, a) in enumerate(zip(macs, accuracies, strict=True))
     ]
-    assert {p.id for p in climbing(rows, SHORT, 4, together=True)} == {0, 1, 2, 3}
-    assert {p.id for p in climbing(rows, SHORT, 2, together=True)} == {0, 3}
-    assert len(climbing(rows, SHORT, 1)) == 5
+    assert {p.id for p in climbing(rows, SHORT, 0.8, together=True)} == {0, 1, 2, 3}
+    assert {p.id for p in climbing(rows, SHORT, 0.4, together=True)} == {0, 3}
+    assert len(climbing(rows, SHORT, 0.2)) == 5
+
+
+def test_of_a_range_as_many_climb_as_of_its_budgets_one_by_one():
+    """The second best of a wide budget is worth more than the best of one that it dominates."""
+    wide = [stopped(i, macs=3_000_000 + i, target="macs=50%", accuracy=a) for i, a in enumerate((0.9, 0.8))]
+    wider = [stopped(2, macs=4_000_000, target="macs=60%", accuracy=0.5)]
+    first = stopped(3, macs=2_000_000, target="macs=30%", accuracy=0.85)
+    last = stopped(4, macs=2_900_000, target="macs=30%", accuracy=0.86)
+    rows = [*wide, *wider, first, last]
+    assert {p.id for p in climbing(rows, SHORT, 1, together=True)} == {0, 3, 4}
+    assert {p.id for p in climbing(rows, SHORT, 1)} == {0, 2, 4}
 
 
 # Rungs never meet

@@ -71,7 +71,8 @@ def climbing(
 
     Args:
         keep: how many of each group; below 1 a share of it, rounded up.
-        together: all budgets are one group, which sends its fronts: fewer MACs count as quality does.
+        together: all budgets are one group, which sends as many as they would one by one, but whole fronts of
+            them: fewer MACs count as quality does.
     """
     groups: dict[tuple[str, ...], list[Point]] = defaultdict(list)
     for point in at_level(rows, below):
@@ -80,7 +81,8 @@ def climbing(
         groups[("" if together else point.target, *components)].append(point)
     chosen: list[Point] = []
     for members in groups.values():
-        count = keep if isinstance(keep, int) else math.ceil(keep * len(members))
+        budgets = len({p.target for p in members})
+        count = keep * budgets if isinstance(keep, int) else math.ceil(keep * len(members))
         chosen += (_by_fronts(members) if together else sorted(members, key=_best_first))[:count]
     return chosen
 
