@@ -413,13 +413,6 @@ class RankSearchConfig(_Frozen):
     """Exponent of the price in the loss, while that is above the budget."""
 
 
-def _number_or_share(value: Any) -> Any:
-    number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value is None or number or (isinstance(value, float) and 0.0 < value < 1.0):
-        return value
-    raise ValueError(f"got {value!r}, expected a whole number of trials or a share above 0 and below 1")
-
-
 class RungConfig(_Frozen):
     """One step of the ladder: how trials are measured on it, and which of the rung below climb onto it."""
 
@@ -429,11 +422,20 @@ class RungConfig(_Frozen):
     steps: int | None = Field(None, ge=1)
     """Training stops here; a trial that climbs on goes on from this step, by the same learning rates."""
     epochs: float | None = Field(None, gt=0.0)
-    keep: Annotated[int | float | None, BeforeValidator(_number_or_share)] = None
+    """The same in passes over the training images."""
+    keep: int | float | None = None
     """How many of the rung below climb on, per budget and set of components, the best first: a whole number, or
     a share (rounded up). The lowest rung takes every proposal."""
     seeds: tuple[int, ...] = (0,)
     """Each trial of this rung is trained once per seed."""
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _number_or_share(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value is None or number or (isinstance(value, float) and 0.0 < value < 1.0):
+            return value
+        raise ValueError(f"got {value!r}, expected a whole number of trials or a share above 0 and below 1")
 
     @field_validator("seeds")
     @classmethod
