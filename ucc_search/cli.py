@@ -404,6 +404,31 @@ def inspect(
     typer.echo(json.dumps(found, indent=1) if as_json else inspect_text(found))
 
 
+@app.command()
+def reproduce(
+    run: RunFolder,
+    trial: Annotated[int, typer.Option(help="The trial's id.", show_default=False)],
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Measure although a component has changed since.")
+    ] = False,
+    plugin: PluginOption = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a trial again with its seed, and compare the numbers. Exit code 1 if they differ."""
+    from ucc_search.reproduce import reproduce as measure_again
+    from ucc_search.reproduce import reproduce_text
+
+    found = measure_again(
+        run,
+        trial,
+        sources=plugin or (),
+        allow_changes=allow_changes,
+        log=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(json.dumps(found, indent=1) if as_json else reproduce_text(found))
+    raise typer.Exit(0 if found["equal"] else 1)
+
+
 @plugins_app.command("list")
 def list_plugins(
     plugin: PluginOption = None,

@@ -20,6 +20,8 @@ from ucc_search.errors import RunError, did_you_mean
 from ucc_search.plan import CompressionPlan
 
 CONFIG, ENVIRONMENT, TRIALS = "config.resolved.yaml", "environment.json", "trials.jsonl"
+JOB = "job.json"
+"""In a trial's folder: what its worker was given, to measure it again."""
 MAY_CHANGE = (
     *("search.trials", "search.concurrency", "search.executor", "search.trial_timeout", "observers"),
     *("search.ray_address", "search.cpus_per_trial", "search.gpus_per_trial"),

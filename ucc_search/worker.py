@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Components
 from ucc_search.plan import CompressionPlan
 from ucc_search.ranks import RankError, train_together
 from ucc_search.saving import arch_of
+from ucc_search.store import JOB
 from ucc_search.train import TrainingError, Worker
 from ucc_search.workbench import Measurement, Workbench, warm_bench
 
@@ -45,6 +47,9 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     except (Exception, SystemExit) as error:  # a candidate's failure must not end the run
         logging.getLogger(__name__).debug("trial failed", exc_info=True)
         outcome = {"state": "failed", "failure": failure_class(error), "error": one_line(error)}
+    given = {k: v for k, v in task["job"].items() if k not in ("id", "resume", "save")}
+    kept = json.dumps({"threads": task["threads"], **given}, default=str).encode()
+    outcome["files"] = {**outcome.get("files", {}), JOB: kept}
     return outcome | {"seconds": time.perf_counter() - start}
 
 
@@ -97,8 +102,8 @@ def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> 
         arch=arch,
         worker=worker,
         stop=job["steps"],
-        resume=_here(job["resume"]),
-        save=_here(job["save"]),
+        resume=_here(job.get("resume")),
+        save=_here(job.get("save")),
     )
 
 
