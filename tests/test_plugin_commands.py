@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -27,6 +29,17 @@ def refused(*arguments: str) -> str:
     done = invoke(*arguments)
     assert isinstance(done.exception, PluginError | ConfigError), done.output
     return str(done.exception)
+
+
+def test_the_commands_of_the_reference_work_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parent.parent / "docs" / "plugins.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\$ ucc-search (plugins .*)$", text, re.MULTILINE)
+    assert [c.split()[1] for c in commands] == ["new", "validate", "info"]
+    for command in commands:
+        # A metric in place of a scorer: its suite takes no model, and the words are the same.
+        done = CliRunner().invoke(app, command.replace("--kind scorer", "--kind metric").split())
+        assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize("kind", HOOKS)

@@ -11,9 +11,12 @@ import yaml
 from ucc_search import hookspecs
 from ucc_search.config import parse_config
 from ucc_search.interfaces import ComponentRef
-from ucc_search.plugins import Plugins
+from ucc_search.plugin_pages import hook_table
+from ucc_search.plugins import HOOKS, Plugins
+from ucc_search.testing import suite
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -37,11 +40,19 @@ def test_the_scorer_loads_as_a_plugin(tmp_path):
     assert len(code_lines) <= 15
 
 
-def test_the_hook_table_names_every_hook():
-    table = set(re.findall(r"^\| `(ucc_\w+)`", README, re.MULTILINE))
-    assert table == {
-        name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("ucc_")
-    }
+def test_the_hook_table_is_the_one_of_the_hookspecs():
+    """Write it anew with `ucc-search plugins hooks`."""
+    hooks = {n for n, _ in inspect.getmembers(hookspecs, inspect.isfunction) if n.startswith("ucc_")}
+    assert set(HOOKS.values()) == hooks
+    for name in ("README.md", "docs/plugins.md"):
+        assert f"{hook_table()}\n" in (ROOT / name).read_text(encoding="utf-8"), name
+
+
+def test_the_reference_lists_every_check_and_every_line_of_the_contracts():
+    text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    for kind in HOOKS:
+        for check in suite(kind):
+            assert f"| {kind} | `{check.name}` | {check.contract} |\n" in text
 
 
 def test_the_library_example_runs():

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ucc_search.binding import identities
 from ucc_search.budget import Budget
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost, saved_macs
@@ -296,7 +297,10 @@ class Campaign:
             importance=job.components["importance"].name if narrowed else "",
             **{f"saved_{k}": v / self.scheduler.dense_cost.macs for k, v in saved.items()},
             components=_dicts(job.components),
-            identities={kind: self.plugins.identity(kind, job.components[kind].name) for kind in KINDS},
+            identities={
+                **{kind: self.plugins.identity(kind, job.components[kind].name) for kind in KINDS},
+                **identities(self.config, self.plugins),
+            },
             params_searched=dict(job.params),
             parent=job.parent,
             proposal=job.proposal,

@@ -337,9 +337,10 @@ def train_teacher(
 ) -> None:
     """Train the uncompressed model by the space file's `teacher:` recipe."""
     config = _config(space, sets)
+    from ucc_search.binding import bind
     from ucc_search.teachers import teacher_for_command
 
-    teacher_for_command(config, out, log=_echo)
+    teacher_for_command(bind(config, _plugins(config, None, None)), out, log=_echo)
 
 
 @app.command()
@@ -391,16 +392,17 @@ def sensitivity(
 
 @models.command()
 def inspect(
-    name: Annotated[str, typer.Argument(help="A timm model name.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="A timm model name, or plugin:NAME.", show_default=False)],
     args: Annotated[
         list[str] | None, typer.Option("--arg", help="Constructor argument: img_size=112.")
     ] = None,
+    plugin: PluginOption = None,
     as_json: Json = False,
 ) -> None:
     """What can be compressed in a model, what not, and why."""
     from ucc_search.preview import inspect_model, inspect_text
 
-    found = inspect_model(name, args or ())
+    found = inspect_model(name, args or (), _plugins(None, plugin, None))
     typer.echo(json.dumps(found, indent=1) if as_json else inspect_text(found))
 
 
@@ -479,6 +481,14 @@ def validate_plugins(
     found = validate(plugins, names or (), parse_pairs(param or (), "--param"))
     typer.echo(json.dumps(found, indent=1) if as_json else validate_text(found))
     raise typer.Exit(0 if all(r["passed"] for c in found for r in c["results"]) else 1)
+
+
+@plugins_app.command("hooks")
+def hooks() -> None:
+    """All hooks, as a table in Markdown."""
+    from ucc_search.plugin_pages import hook_table
+
+    typer.echo(hook_table())
 
 
 @plugins_app.command("new")

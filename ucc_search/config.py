@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -16,11 +16,13 @@ from pydantic import (
     Discriminator,
     Field,
     PlainSerializer,
+    PrivateAttr,
     Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
+from typing_extensions import Self
 
 from ucc_search.errors import ConfigError, UserError, did_you_mean
 from ucc_search.interfaces import ComponentRef
@@ -238,11 +240,33 @@ class Baseline(ComponentChoices):
         return self
 
 
-class ModelConfig(_Frozen):
+class Bound(NamedTuple):
+    """A plugin's component that a section names, built; and what tells its content from another's."""
+
+    component: Any
+    sha256: str | None
+
+
+class _FromPlugin(_Frozen):
+    """A section whose `name` may be `plugin:NAME`; see `binding`."""
+
+    _bound: Bound | None = PrivateAttr(None)
+
+    @property
+    def bound(self) -> Bound | None:
+        return self._bound
+
+    def with_bound(self, bound: Bound) -> Self:
+        copy = self.model_copy()
+        copy._bound = bound
+        return copy
+
+
+class ModelConfig(_FromPlugin):
     """The model to compress; it is also the teacher."""
 
     name: str
-    """A timm name, or the reference model `small_vit`."""
+    """A timm name, the reference model `small_vit`, or plugin:NAME."""
     args: Mapping[str, Any] = Field(default_factory=dict)
     """Passed to the model's constructor, for example img_size, patch_size, embed_dim, depth."""
     pretrained: bool = False
@@ -252,11 +276,13 @@ class ModelConfig(_Frozen):
     `auto` trains a teacher on first use by `teacher:` and caches it."""
 
 
-class DataConfig(_Frozen):
+class DataConfig(_FromPlugin):
     """Where images come from and how they are split."""
 
     name: str
-    """digits, fashion-mnist, folder:PATH, torchvision:NAME or hf:NAME."""
+    """digits, fashion-mnist, folder:PATH, torchvision:NAME, hf:NAME or plugin:NAME."""
+    args: Mapping[str, Any] = Field(default_factory=dict)
+    """Parameters of a plugin's data set."""
     root: str | None = None
     """Where the data set lies, for those that are not found by name."""
     select: float = Field(0.1, gt=0.0, lt=1.0)

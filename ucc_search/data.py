@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ucc_search.config import AugmentConfig, DataConfig
 from ucc_search.errors import DataError, did_you_mean
+from ucc_search.interfaces import ImageData
 from ucc_search.shapes import FASHION_MNIST_DEBIAN
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SPLIT_SEED = 20240  # fixed: the split belongs to the data, not to the run's seed
-_NAMES = ("digits", "fashion-mnist", "folder:PATH", "torchvision:NAME", "hf:NAME")
+_NAMES = ("digits", "fashion-mnist", "folder:PATH", "torchvision:NAME", "hf:NAME", "plugin:NAME")
 
 
 class ImageSet(Protocol):
@@ -136,8 +137,35 @@ def load_data(config: DataConfig, augment: AugmentConfig | None = None) -> Split
         from ucc_search import image_data
 
         return image_data.load(config, kind, argument, augment or AugmentConfig())
+    if config.bound is not None:
+        return _split_tensors(config, *checked_images(config.bound.component.load(), config.name))
+    if kind == "plugin":
+        raise DataError(f"data.name is {config.name!r}: the plugin that brings it is not loaded here")
     near = did_you_mean(config.name, ["digits", "fashion-mnist", "folder:", "torchvision:", "hf:"])
     raise DataError(f"data.name is {config.name!r}{near} (expected one of {', '.join(_NAMES)})")
+
+
+def checked_images(found: ImageData, name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int]:
+    """What a plugin loaded, refused in a sentence if it is not what the contract says."""
+    if not isinstance(found, ImageData):
+        raise DataError(
+            f"{name}: load() gave a {type(found).__name__}, expected ucc_search.interfaces.ImageData"
+        )
+    *tensors, classes = found
+    for part, images, labels in (("train", *tensors[:2]), ("test", *tensors[2:])):
+        what = f"{name}: the {part} images"
+        if images.dim() != 4 or images.dtype != torch.uint8 or images.shape[2] != images.shape[3]:
+            raise DataError(f"{what} are {images.dtype} {tuple(images.shape)}, expected uint8 [B, C, H, H]")
+        if labels.dtype != torch.int64 or tuple(labels.shape) != (len(images),):
+            raise DataError(
+                f"{what} number {len(images)}, their labels are {labels.dtype} {tuple(labels.shape)}; expected one "
+                "int64 for each image"
+            )
+        if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise DataError(f"{name}: the {part} labels do not lie in 0 to {classes - 1}, or there are none")
+    if tensors[0].shape[1:] != tensors[2].shape[1:]:
+        raise DataError(f"{name}: train and test images differ in shape")
+    return (tensors[0], tensors[1]), (tensors[2], tensors[3]), classes
 
 
 def calibration_batches(

@@ -14,7 +14,9 @@ import pluggy
 from ucc_search.interfaces import (
     Aggregator,
     Cascade,
+    Dataset,
     Distiller,
+    Family,
     Importance,
     Metric,
     Observer,
@@ -61,9 +63,19 @@ def ucc_samplers() -> Mapping[str, Callable[..., Sampler]]:  # type: ignore[empt
 
 @hookspec
 def ucc_metrics() -> Mapping[str, Callable[..., Metric]]:  # type: ignore[empty-body]
-    """Prices that a budget may limit, beside MACs, parameters and latency."""
+    """Metrics: prices that a budget may limit, beside MACs, parameters and latency."""
 
 
 @hookspec
 def ucc_observers() -> Mapping[str, Callable[..., Observer]]:  # type: ignore[empty-body]
     """Observers: are told when a run starts, a trial finishes and the run ends."""
+
+
+@hookspec
+def ucc_datasets() -> Mapping[str, Callable[..., Dataset]]:  # type: ignore[empty-body]
+    """Data sets: images and labels of your own, as `data.name: plugin:NAME`."""
+
+
+@hookspec
+def ucc_families() -> Mapping[str, Callable[..., Family]]:  # type: ignore[empty-body]
+    """Model families: build a model of timm's blocks, as `model.name: plugin:NAME`."""

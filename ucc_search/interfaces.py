@@ -394,6 +394,37 @@ class Observer(Component):
         """All tables are written; also called when the run was interrupted."""
 
 
+class ImageData(NamedTuple):
+    """A data set in memory, before it is split. `select` is cut out of `train` by the framework."""
+
+    train_images_BCHW: Tensor  # uint8, square
+    train_labels_B: Tensor  # int64, 0 to classes - 1
+    test_images_BCHW: Tensor
+    test_labels_B: Tensor
+    classes: int
+
+
+class Dataset(Component):
+    """Labelled images, chosen by `data: {name: "plugin:NAME", args: {...}}`; `args` are its parameters."""
+
+    def load(self) -> ImageData:
+        """The images, equal each time. The test images are only ever reported on, so none may be in train."""
+        raise NotImplementedError(f"{type(self).__name__} must define load()")
+
+
+class Family(Component):
+    """A model of your own, chosen by `model: {name: "plugin:NAME", args: {...}}`; `args` are its parameters.
+
+    What can be compressed is read from timm's own modules, so `build` returns a timm `VisionTransformer` or
+    `PyramidVisionTransformerV2` with timm's blocks: with a stem, pooling, size or weights of your own. What
+    differs beyond that is refused with a reason by `models inspect plugin:NAME --plugin FILE`.
+    """
+
+    def build(self, *, classes: int, channels: int, pretrained: bool) -> nn.Module:
+        """The uncompressed model; also called on the meta device, and without `pretrained` to be filled later."""
+        raise NotImplementedError(f"{type(self).__name__} must define build(classes, channels, pretrained)")
+
+
 INFERENCE_KINDS = ("scorer", "aggregator", "cascade")
 """The components that a model needs to run; the others are needed to make and train it."""
 

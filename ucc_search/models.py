@@ -26,6 +26,10 @@ def build_model(config: ModelConfig, *, classes: int, channels: int) -> nn.Modul
     import timm
 
     arguments = dict(config.args)
+    if config.bound is not None:
+        return _of_plugin(config, classes, channels)
+    if config.name.startswith("plugin:"):
+        raise ModelError(f"model.name is {config.name!r}: the plugin that brings it is not loaded here")
     try:
         if config.name == SMALL_VIT:
             return small_vit(classes=classes, channels=channels, **arguments)
@@ -45,6 +49,18 @@ def build_model(config: ModelConfig, *, classes: int, channels: int) -> nn.Modul
             f"the pretrained weights of {config.name!r} cannot be fetched ({type(error).__name__}); "
             "go online once, or set model.pretrained: false and model.checkpoint to a local file"
         ) from None
+
+
+def _of_plugin(config: ModelConfig, classes: int, channels: int) -> nn.Module:
+    """The model of a plugin's family; whether it can be compressed is for `shape_of` to say."""
+    assert config.bound is not None
+    try:
+        model = config.bound.component.build(classes=classes, channels=channels, pretrained=config.pretrained)
+    except Exception as error:  # whatever a plugin raises
+        raise ModelError(f"{config.name}: cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{config.name}: build() gave a {type(model).__name__}, expected an nn.Module")
+    return model
 
 
 def small_vit(

@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
+from ucc_search import hookspecs
 from ucc_search.errors import PluginError, did_you_mean
 from ucc_search.interfaces import ComponentRef
-from ucc_search.plugins import BUILTIN, HOOKS, PluginRecord, Plugins
+from ucc_search.plugins import BASES, BUILTIN, HOOKS, PluginRecord, Plugins
 
 ORDER = (
     "ucc-search's own, installed packages, those of the space file, --plugin, and those of UCC_SEARCH_PLUGINS"
@@ -52,6 +53,16 @@ def plugins_text(found: Mapping[str, Any]) -> str:
     lines += [f"collision: {collision['message']}" for collision in found["collisions"]]
     lines.append(f"loaded in this order: {ORDER}")
     return "\n".join(lines)
+
+
+def hook_table() -> str:
+    """All hooks as a table in Markdown, made from the hookspecs."""
+    rows = ["| hook | returns | what it adds |", "|---|---|---|"]
+    for hook, base in ((HOOKS[kind], BASES[kind]) for kind in HOOKS):
+        text = (inspect.getdoc(getattr(hookspecs, hook)) or "").partition("\n")[0].rstrip(".")
+        what = text.partition(": ")[2] or text
+        rows.append(f"| `{hook}` | name -> `{base.__name__}` | {what} |")
+    return "\n".join(rows)
 
 
 def components_named(plugins: Plugins, name: str) -> list[tuple[str, str]]:

@@ -18,7 +18,9 @@ from ucc_search.interfaces import (
     Cascade,
     ComponentRef,
     Components,
+    Dataset,
     Distiller,
+    Family,
     Importance,
     Metric,
     Observer,
@@ -47,6 +49,8 @@ HOOKS = {
     "sampler": "ucc_samplers",
     "metric": "ucc_metrics",
     "observer": "ucc_observers",
+    "dataset": "ucc_datasets",
+    "family": "ucc_families",
 }
 BASES = {
     "scorer": Scorer,
@@ -57,6 +61,8 @@ BASES = {
     "sampler": Sampler,
     "metric": Metric,
     "observer": Observer,
+    "dataset": Dataset,
+    "family": Family,
 }
 ENVIRONMENT = "UCC_SEARCH_PLUGINS"
 STRICT = "UCC_SEARCH_STRICT"

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ucc_search import estimate
+from ucc_search.binding import bind, bind_model
 from ucc_search.config import RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import ConfigError
@@ -32,6 +33,7 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
     Raises:
         UserError: what `search` would refuse as well: an unreachable budget, unknown components.
     """
+    config = bind(config, plugins)
     shape = model_shape(config)
     scheduler = Scheduler(config, shape, plugins)
     space = SearchSpace.of(config.space, shape, plugins)
@@ -116,7 +118,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def inspect_model(name: str, args: Sequence[str]) -> dict[str, Any]:
+def inspect_model(name: str, args: Sequence[str], plugins: Plugins) -> dict[str, Any]:
     """`models inspect`: whether and where a timm model can be compressed.
 
     Raises:
@@ -135,7 +137,8 @@ def inspect_model(name: str, args: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--arg {text!r}: expected key=value, for example img_size=112")
         arguments[key] = yaml.safe_load(value)
     with torch.device("meta"):
-        model = build_model(ModelConfig(name=name, args=arguments), classes=1000, channels=3)
+        config = bind_model(ModelConfig(name=name, args=arguments), plugins)
+        model = build_model(config, classes=1000, channels=3)
     found = capabilities(model, name)
     if found["supported"]:
         from ucc_search.plan import CompressionPlan

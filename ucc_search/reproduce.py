@@ -140,6 +140,7 @@ def _changes(row: TrialRow, plugins: Plugins) -> list[str]:
     """The components that this trial used and that are not what they were."""
     kinds = [*INFERENCE_KINDS, *(["distiller"] if row.rung != "zero-shot" else [])]
     kinds += ["importance"] if row.importance else []
+    kinds += [kind for kind in ("dataset", "family") if kind in row.identities]
     found = []
     for kind in kinds:
         before = row.identities.get(kind)
@@ -147,7 +148,8 @@ def _changes(row: TrialRow, plugins: Plugins) -> list[str]:
             continue
         what = f"{kind} {before['component']!r} of plugin {before['plugin']!r}"
         try:
-            now = plugins.identity(kind, row.components[kind]["name"])
+            name = row.components[kind]["name"] if kind in row.components else before["component"]
+            now = plugins.identity(kind, name)
         except PluginError as error:
             raise RunError(f"{what} is needed: {error}") from None
         if now["version"] != before["version"]:

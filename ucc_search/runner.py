@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ucc_search import estimate, supervisor
 from ucc_search.analysis import pareto_front, usable
+from ucc_search.binding import bind
 from ucc_search.campaign import Campaign, describe
 from ucc_search.checkpoints import remember_loaded, was_loaded
 from ucc_search.config import RunConfig, plain_config
@@ -67,6 +68,7 @@ def search(
         Interrupted: stopped from outside; resumable.
     """
     plugins = plugins or Plugins.load(config.plugins)
+    config = bind(config, plugins)
     path = Path(out) if out is not None else Path("results") / config.name
     shape = model_shape(config)
     space = SearchSpace.of(config.space, shape, plugins)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ucc_search.binding import PREFIX, bind_model
 from ucc_search.compression import assemble
 from ucc_search.compression.selection import first_units
 from ucc_search.config import ModelConfig
@@ -78,8 +79,10 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
     # A model of built-in components must load where the run's local plugins do not exist.
     identities = arch.get("identities", {})
     foreign = any(identities.get(k, {}).get("plugin") not in (None, BUILTIN) for k in INFERENCE_KINDS)
+    foreign = foreign or config.name.startswith(PREFIX)
     known = plugins or Plugins.load(arch.get("plugins", ()) if foreign else ())
     _warn_of_changes(arch, known)
+    config = bind_model(config, known)
     dense = build_model(config, classes=plan.shape.classes, channels=plan.shape.channels)
     # Any units of the right number: their weights come from the file.
     model = assemble(dense, plan, known.components(**refs), first_units(plan))

@@ -144,6 +144,45 @@ _OBSERVER = '''class {cls}(Observer):
             file.write(f"{{row['id']}} {{row['state']}} {{row.get('accuracy')}}\\n")
 '''
 
+_DATASET = '''class {cls}(Dataset):
+    """Squares and crosses of 8 x 8 pixels, drawn with noise."""
+
+    def __init__(self, images: int = 400):
+        self.images = images
+
+    def load(self):
+        """Images as bytes [B, C, H, H] and labels [B], for training and for the test."""
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(self.images) % 2
+        pictures = torch.randint(0, 100, (self.images, 1, 8, 8), generator=generator)
+        pictures[labels == 0, :, 2:6, 2:6] += 120
+        pictures[labels == 1, :, 3:5, :] += 120
+        pictures = pictures.to(torch.uint8)
+        test = self.images // 4
+        return ImageData(pictures[test:], labels[test:], pictures[:test], labels[:test], classes=2)
+'''
+
+_FAMILY = '''class {cls}(Family):
+    """A timm Vision Transformer of a size of its own."""
+
+    def __init__(self, img_size: int = 8, patch_size: int = 2, embed_dim: int = 32, depth: int = 4):
+        self.options = {{
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": 2,
+        }}
+
+    def build(self, *, classes, channels, pretrained):
+        """timm's own VisionTransformer; change the stem, the pooling or the weights here."""
+        from timm.models.vision_transformer import VisionTransformer
+
+        return VisionTransformer(num_classes=classes, in_chans=channels, **self.options)
+'''
+
 _BODIES: Mapping[str, tuple[str, str]] = {
     "scorer": ("Scorer", _SCORER),
     "aggregator": ("Aggregator", _AGGREGATOR),
@@ -153,6 +192,8 @@ _BODIES: Mapping[str, tuple[str, str]] = {
     "sampler": ("Sampler", _SAMPLER),
     "metric": ("Metric", _METRIC),
     "observer": ("Observer", _OBSERVER),
+    "dataset": ("Dataset", _DATASET),
+    "family": ("Family", _FAMILY),
 }
 
 _PYPROJECT = """[build-system]
@@ -206,6 +247,8 @@ $ ucc-search search SPACE.yaml {use}
 _USES = {
     "sampler": "--set search.sampler={component}",
     "observer": "--set observers={component}",
+    "dataset": "--set data.name=plugin:{component}",
+    "family": "--set model.name=plugin:{component}",
     "metric": "--set budget.{component}=50%",
 }
 
@@ -270,6 +313,8 @@ def _module(kind: str, words: Mapping[str, str]) -> str:
     imports = f"from ucc_search import {base}, hookimpl"
     if kind == "aggregator":
         imports += "\nfrom ucc_search.interfaces import Assignment"
+    if kind == "dataset":
+        imports += "\nfrom ucc_search.interfaces import ImageData"
     if kind == "sampler":
         imports = f"import math\nimport random\n\n{imports}"
     return _FILE.format(imports=imports, body=body.format(**words), **words)

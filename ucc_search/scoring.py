@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ucc_search.binding import bind
 from ucc_search.config import RunConfig, dump_config
 from ucc_search.errors import ConfigError
 from ucc_search.interfaces import ComponentRef
@@ -38,6 +39,7 @@ def score_units(config: RunConfig, plugins: Plugins, *, log: Log = lambda text: 
     Raises:
         ConfigError: the space file prunes no widths and no depth.
     """
+    config = bind(config, plugins)
     criteria = measure_importance(config, plugins, model_shape(config), log)
     if not criteria:
         raise ConfigError("the space file prunes tokens alone; give space.widths ranges to score units for")

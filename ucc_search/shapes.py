@@ -75,10 +75,11 @@ def _key(config: RunConfig) -> str:
 
 
 def folder_stamp(config: RunConfig) -> list[tuple[str, int]]:
-    """What changes when images or classes of a folder do: its folders, two levels deep, and their times."""
+    """What changes when images or classes do: folders, two levels deep, with their times; plugins, by content."""
     kind, _, argument = config.data.name.partition(":")
     top = Path(argument).expanduser().resolve()
     if kind != "folder" or not top.is_dir():
-        return []
+        bound = [section.bound for section in (config.data, config.model) if section.bound is not None]
+        return [(str(b.sha256), 0) for b in bound]
     folders = [top, *sorted(p for pattern in ("*/", "*/*/") for p in top.glob(pattern))]
     return [(str(p), p.stat().st_mtime_ns) for p in folders]

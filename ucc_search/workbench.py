@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from ucc_search.binding import bind
 from ucc_search.budget import with_tokens
 from ucc_search.builtin.distillers import logit_kl
 from ucc_search.compression import ProxyInputs, assemble, checked_scores, compress, set_tokens, shape_of
@@ -289,6 +290,7 @@ def warm_bench(
     key = repr((resolved, bundle))
     if key not in _benches:
         _benches.clear()
-        config = parse_config(yaml.safe_load(resolved))
-        _benches[key] = Workbench(config, Plugins.from_bundle(bundle), log=log)
+        loaded = Plugins.from_bundle(bundle)
+        config = bind(parse_config(yaml.safe_load(resolved)), loaded)
+        _benches[key] = Workbench(config, loaded, log=log)
     return _benches[key]

@@ -67,9 +67,11 @@ def gallery(run: Run, trials: list[int], *, images: int = 4) -> Gallery:
     try:
         import torch  # noqa: F401
 
+        from ucc_search.binding import bind
         from ucc_search.data import load_data
+        from ucc_search.plugins import Plugins
 
-        data = load_data(run.config.data)
+        data = load_data(bind(run.config, Plugins.load(run.config.plugins)).data)
     except (ImportError, UserError, OSError) as error:
         return Gallery(None, [], f"No pictures of images: {_sentence(error)}")
     reason = "The models with weights keep all of their tokens, so there is nothing to show on images."

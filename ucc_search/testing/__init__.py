@@ -16,20 +16,30 @@ from collections.abc import Callable
 from typing import Any
 
 from ucc_search.errors import PluginError
-from ucc_search.interfaces import (
-    Aggregator,
-    Cascade,
-    Component,
-    Distiller,
-    Importance,
-    Metric,
-    Observer,
-    Sampler,
-    Scorer,
-)
+from ucc_search.interfaces import Component
+from ucc_search.plugins import BASES
 from ucc_search.testing.core import Broken, Check, Result, run_checks
 
-__all__ = ["Broken", "Check", "Result", "assert_conforms", "checks_for", "conformance", "run_checks"]
+__all__ = ["Broken", "Check", "Result", "assert_conforms", "checks_for", "conformance", "run_checks", "suite"]
+
+
+def suite(kind: str) -> tuple[Check, ...]:
+    """The lines of the contract of a kind (`scorer`, `aggregator`, ...)."""
+    from ucc_search.testing import others, tokens
+
+    suites = {
+        "scorer": tokens.SCORER_CHECKS,
+        "aggregator": tokens.AGGREGATOR_CHECKS,
+        "cascade": others.CASCADE_CHECKS,
+        "distiller": others.DISTILLER_CHECKS,
+        "importance": others.IMPORTANCE_CHECKS,
+        "sampler": others.SAMPLER_CHECKS,
+        "metric": others.METRIC_CHECKS,
+        "observer": others.OBSERVER_CHECKS,
+        "dataset": others.DATASET_CHECKS,
+        "family": others.FAMILY_CHECKS,
+    }
+    return (Check("ranges", "declared ranges are of its own parameters, and ranges", _ranges), *suites[kind])
 
 
 def checks_for(component: Component) -> tuple[Check, ...]:
@@ -38,22 +48,10 @@ def checks_for(component: Component) -> tuple[Check, ...]:
     Raises:
         PluginError: it derives from none of `ucc_search.interfaces`.
     """
-    from ucc_search.testing import others, tokens
-
-    suites: tuple[tuple[type, tuple[Check, ...]], ...] = (
-        (Scorer, tokens.SCORER_CHECKS),
-        (Aggregator, tokens.AGGREGATOR_CHECKS),
-        (Cascade, others.CASCADE_CHECKS),
-        (Distiller, others.DISTILLER_CHECKS),
-        (Importance, others.IMPORTANCE_CHECKS),
-        (Sampler, others.SAMPLER_CHECKS),
-        (Metric, others.METRIC_CHECKS),
-        (Observer, others.OBSERVER_CHECKS),
-    )
-    for base, suite in suites:
+    for kind, base in BASES.items():
         if isinstance(component, base):
-            return (Check("ranges", "declared ranges are of its own parameters, and ranges", _ranges), *suite)
-    names = ", ".join(base.__name__ for base, _ in suites)
+            return suite(kind)
+    names = ", ".join(base.__name__ for base in BASES.values())
     raise PluginError(f"{type(component).__name__} derives from none of {names}")
 
 

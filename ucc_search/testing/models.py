@@ -136,7 +136,7 @@ def tiny_images(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
-def counted_macs(model: nn.Module) -> tuple[float, float]:
+def counted_macs(model: nn.Module, images_BCHW: Tensor | None = None) -> tuple[float, float]:
     """(MACs of one image as torch counts them, those of FFTs by the convention of `fft_macs`), on the meta device."""
     seen = [0.0]
 
@@ -149,5 +149,5 @@ def counted_macs(model: nn.Module) -> tuple[float, float]:
 
     known = {getattr(torch.ops.aten, n): fft for n in ("_fft_r2c", "_fft_c2c", "_fft_c2r")}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
-        model.to("meta")(tiny_images(1).to("meta"))
+        model.to("meta")((tiny_images(1) if images_BCHW is None else images_BCHW).to("meta"))
     return counter.get_total_flops() / 2, seen[0] / 2

@@ -14,15 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ucc_search.compression import compress, refusals, shape_of
 from ucc_search.config import AugmentConfig
+from ucc_search.costs import cost
 from ucc_search.errors import PluginError
 from ucc_search.importance import unit_scores
 from ucc_search.interfaces import (
     Cascade,
     Components,
+    Dataset,
     Dimension,
     DistillContext,
     Distiller,
+    Family,
+    ImageData,
     Importance,
     Measured,
     Metric,
@@ -34,7 +39,14 @@ from ucc_search.interfaces import (
 from ucc_search.losses import CandidateLoss
 from ucc_search.plan import CompressionPlan
 from ucc_search.testing.core import Broken, Check
-from ucc_search.testing.models import TOKENS_OUT, tiny_compressed, tiny_images, tiny_model, tiny_plan
+from ucc_search.testing.models import (
+    TOKENS_OUT,
+    counted_macs,
+    tiny_compressed,
+    tiny_images,
+    tiny_model,
+    tiny_plan,
+)
 
 _STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -373,6 +385,104 @@ def events_are_taken(observer: Observer) -> None:
             observer.run_finished(path)
 
 
+# Data sets and model families
+
+
+def images_are_as_said(dataset: Dataset) -> None:
+    from ucc_search.data import checked_images
+    from ucc_search.errors import DataError
+
+    try:
+        checked_images(dataset.load(), type(dataset).__name__)
+    except DataError as error:
+        raise Broken(str(error), "see ucc_search.interfaces.ImageData", method="load") from None
+
+
+def images_repeat(dataset: Dataset) -> None:
+    for name, a, b in zip(ImageData._fields, dataset.load(), dataset.load(), strict=True):
+        if not (torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b):
+            raise Broken(
+                f"{name} differs between two calls of load()",
+                "draw from a generator of a fixed seed, and sort what is read from folders",
+                method="load",
+            )
+
+
+def images_of_the_test_are_new(dataset: Dataset) -> None:
+    found = dataset.load()
+    train, test = (
+        {image.numpy().tobytes() for image in images}
+        for images in (found.train_images_BCHW, found.test_images_BCHW)
+    )
+    if shared := len(train & test):
+        raise Broken(
+            f"{shared} test images are among the training images",
+            "leave them out of one of the two: what is reported would not be what was not seen",
+            method="load",
+        )
+
+
+def models_are_readable(family: Family) -> None:
+    model = family.build(classes=7, channels=3, pretrained=False)
+    if reasons := refusals(model):
+        raise Broken(
+            f"the model cannot be compressed: {reasons[0]}",
+            "build timm's VisionTransformer or PyramidVisionTransformerV2 with timm's own blocks",
+            method="build",
+        )
+    shape = shape_of(model)
+    if (shape.classes, shape.channels) != (7, 3):
+        raise Broken(
+            f"the model has {shape.classes} classes and {shape.channels} channels, 7 and 3 were asked for",
+            "pass classes and channels on (num_classes=classes, in_chans=channels)",
+            method="build",
+        )
+
+
+def models_take_no_memory_on_meta(family: Family) -> None:
+    with torch.device("meta"):
+        model = family.build(classes=7, channels=3, pretrained=False)
+    real = [name for name, p in model.named_parameters() if p.device.type != "meta"]
+    if real:
+        raise Broken(
+            f"{real[0]} is made on {dict(model.named_parameters())[real[0]].device} although the meta device is asked for",
+            "name no device in build; load weights only if pretrained",
+            method="build",
+        )
+
+
+def identity_plans_change_nothing(family: Family) -> None:
+    torch.manual_seed(0)
+    model = family.build(classes=7, channels=3, pretrained=False).eval()
+    shape = shape_of(model)
+    images = torch.randn(2, 3, *shape.image_size)
+    with torch.no_grad():
+        if not torch.equal(compress(model, CompressionPlan.identity(shape))(images), model(images)):
+            raise Broken(
+                "the model that keeps everything gives other outputs",
+                "no random numbers in eval mode",
+                method="build",
+            )
+        if not shape.stages:
+            half = [max(1, shape.tokens // 2)] * shape.depth
+            small = compress(model, CompressionPlan.identity(shape).replace(tokens_out=half))
+            if tuple(small(images).shape) != (2, 7):
+                raise Broken("a model of half the tokens has other outputs", "return logits [B, classes]")
+
+
+def costs_are_what_is_counted(family: Family) -> None:
+    model = family.build(classes=7, channels=3, pretrained=False).eval()
+    price = cost(CompressionPlan.identity(shape_of(model)))
+    params = sum(p.numel() for p in model.parameters())
+    counted, _ = counted_macs(model, torch.zeros(1, 3, *shape_of(model).image_size))
+    if price.params != params or price.macs != counted:
+        raise Broken(
+            f"read are {price.macs} MACs and {price.params} parameters, torch counts {counted:.0f} and {params}",
+            "something in the model is not timm's own: a layer beside the stem, the blocks and the head",
+            method="build",
+        )
+
+
 CASCADE_CHECKS = (
     Check("shape", "a number of patch tokens after each block, above 0", schedules_are_counts),
     Check("monotone", "numbers fall over the blocks and with the strength", schedules_fall),
@@ -401,3 +511,20 @@ METRIC_CHECKS = (
     Check("monotone", "fewer tokens and narrower layers never cost more", prices_fall_with_the_plan),
 )
 OBSERVER_CHECKS = (Check("events", "takes every event, and changes no row", events_are_taken),)
+DATASET_CHECKS = (
+    Check("shape", "uint8 images [B, C, H, H] with int64 labels from 0 to classes - 1", images_are_as_said),
+    Check("determinism", "load() gives the same images each time", images_repeat),
+    Check("test", "no test image is among the training images", images_of_the_test_are_new),
+)
+FAMILY_CHECKS = (
+    Check(
+        "readable",
+        "the model is built of what can be compressed, for any classes and channels",
+        models_are_readable,
+    ),
+    Check("meta", "the model can be built on the meta device", models_take_no_memory_on_meta),
+    Check(
+        "identity", "keeping everything changes nothing, and tokens can be cut", identity_plans_change_nothing
+    ),
+    Check("cost", "what is read of the model costs what torch counts", costs_are_what_is_counted),
+)
