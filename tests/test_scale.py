@@ -323,6 +323,7 @@ def log(line):
     if len(trials) == 8 and not joined:
         plugin.unlink()
         joined.append(machine("three"))
+        machines.remove_node(nodes.pop(), allow_graceful=False)  # what is left is left to the new one
 
 config = tiny_config(
     budget={"macs": ["50%"]},
