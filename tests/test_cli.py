@@ -108,6 +108,19 @@ WRONG = {
     "unknown section": (sets("serach.trials=3"), ["space.yaml", "'serach'", "did you mean 'search'?"]),
     "override without =": (sets("search.trials"), ["--set 'search.trials'", "key=value"]),
     "override of a leaf": (sets("name.x=3"), ["--set 'name.x=3'", "not a section"]),
+    "no cluster there": (
+        (*SEARCH, "--ray-address", "127.0.0.1:9"),
+        ["no Ray cluster answers at 127.0.0.1:9", "leave --ray-address out"],
+    ),
+    "Ray Client": (
+        (*SEARCH, "--ray-address", "ray://head:10001"),
+        ["ray://head:10001", "expected HOST:PORT"],
+    ),
+    "a GPU for two": (
+        sets("train.engine=deepspeed", "train.workers=2", "search.gpus_per_trial=1"),
+        ["search.gpus_per_trial is 1", "train.workers is 2"],
+    ),
+    "status of nothing": (("status", "empty"), ["empty", "not a run folder"]),
     "no trials": (
         (*SEARCH, "--trials", "-1"),
         ["space.yaml", "search.trials is -1", "greater than or equal to 0"],

@@ -176,7 +176,11 @@ def search(
     sets: Sets = None,
 ) -> None:
     """Search, train the best candidates, and print the Pareto table."""
-    where = [f"search.ray_address={json.dumps(ray_address)}"] if ray_address is not None else []
+    where = (
+        []
+        if ray_address is None
+        else ["search.executor=ray", f"search.ray_address={json.dumps(ray_address)}"]
+    )
     config = _config(space, [*(sets or ()), *where], budgets=budget, trials=trials, seed=seed)
     plugins = _plugins(config, plugin, disable_plugin, no_plugins, strict_plugins)
     _run(config, plugins, out, resume)

@@ -43,10 +43,9 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = check_address(address)
     try:
-        if address and address != "local":
-            _refuse_silent(address)
+        if address is not None:
             with _elsewhere():
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
@@ -77,10 +76,15 @@ def _elsewhere() -> Iterator[None]:
         os.chdir(before)
 
 
-def _refuse_silent(address: str) -> None:
-    """Ray itself waits for minutes for a cluster that is not there."""
-    if address == "auto":
-        return
+def check_address(address: str | None) -> str | None:
+    """The address to connect to, None for a cluster of this run's own; asked here, since Ray waits for minutes.
+
+    Raises:
+        ClusterError: it is none, or nothing answers there.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address in ("auto", "local"):
+        return None if address == "local" else address
     host, colon, port = address.rpartition(":")
     if "://" in address or not colon or not port.isdigit():
         raise ClusterError(
@@ -95,6 +99,7 @@ def _refuse_silent(address: str) -> None:
             f"no Ray cluster answers at {address} ({error}); start one with `ray start --head`, or leave "
             "--ray-address out to use this machine alone"
         ) from None
+    return address
 
 
 def nodes() -> dict[str, Resources]:

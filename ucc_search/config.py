@@ -550,6 +550,12 @@ class SearchConfig(_Frozen):
                 raise ValueError(f"give either `ladder` or `{key}`, which is short for one, not both")
         return self
 
+    @model_validator(mode="after")
+    def _on_a_cluster(self) -> SearchConfig:
+        if self.ray_address is not None and self.executor != "ray":
+            raise ValueError("ray_address needs executor: ray")
+        return self
+
     @property
     def rungs(self) -> tuple[RungConfig, ...]:
         """The ladder, written out: never empty, the lowest first."""

@@ -79,6 +79,10 @@ def search(
     here = functools.partial(this_bench, config, plugins)
     levels(config, train_images(config))  # refuses a ladder that does not rise
     scheduler = Scheduler(config, shape, plugins, _bench_evaluate(here), lambda ref: here().depth_order(ref))
+    if config.search.executor == "ray":
+        from ucc_search.cluster import check_address
+
+        check_address(config.search.ray_address)
     known = RunStore.resume(path, config) if resume else None
     if known is None:
         RunStore.refuse_taken(path)
