@@ -27,8 +27,12 @@ def image_slices(like_BX: Tensor, bytes_each: int) -> list[slice]:
 
 def flat_rows(index_BR: Tensor, count: int, offset: int = 0) -> Tensor:
     """Row numbers, once the batch and its `count` rows an image are one axis, of row `offset + index` of each image."""
-    first_B1 = torch.arange(index_BR.shape[0], device=index_BR.device)[:, None] * count + offset
-    return (index_BR + first_B1).flatten()
+    batch = index_BR.shape[0]
+    if torch.compiler.is_compiling():  # a trace must not fix the number of images
+        first_B = torch.arange(batch, device=index_BR.device) * count + offset
+    else:
+        first_B = torch.arange(offset, offset + batch * count, count, device=index_BR.device)
+    return (index_BR + first_B[:, None]).flatten()
 
 
 def gather_rows(values_BTX: Tensor, index_BR: Tensor, offset: int = 0) -> Tensor:

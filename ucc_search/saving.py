@@ -14,7 +14,8 @@ from ucc_search.binding import PREFIX, bind_model
 from ucc_search.compression import assemble
 from ucc_search.compression.selection import first_units
 from ucc_search.config import ModelConfig
-from ucc_search.errors import ModelError
+from ucc_search.errors import ModelError, PluginError
+from ucc_search.hub import fetch, is_hub_id
 from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
 from ucc_search.models import build_model, load_weights
 from ucc_search.plan import CompressionPlan
@@ -53,15 +54,20 @@ def save_model(model: nn.Module, folder: Path, plan: CompressionPlan, arch: Mapp
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Module:
+def load_model(source: str | Path, *, plugins: Plugins | None = None) -> nn.Module:
     """Rebuild a saved model, in eval mode. Runs no pickle; components of plugins need their plugin.
+
+    Args:
+        source: the model's folder, or its id on the Hugging Face Hub: `user/name`, `user/name@revision`.
 
     `model.pretrained_cfg` says how images must be prepared: `input_size`, `mean` and `std`.
 
     Raises:
-        ModelError: the folder holds no saved model, or one of another format.
+        ModelError: there is no saved model, one of another format, or one that needs a plugin.
     """
-    folder = Path(folder)
+    folder = Path(source)
+    if not folder.exists() and is_hub_id(str(source)):
+        folder = fetch(str(source))
     path = folder / ARCH
     if not path.is_file():
         raise ModelError(
@@ -78,9 +84,10 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
         raise ModelError(f"{path}: not readable ({type(error).__name__}: {error})") from None
     # A model of built-in components must load where the run's local plugins do not exist.
     identities = arch.get("identities", {})
-    foreign = any(identities.get(k, {}).get("plugin") not in (None, BUILTIN) for k in INFERENCE_KINDS)
-    foreign = foreign or config.name.startswith(PREFIX)
-    known = plugins or Plugins.load(arch.get("plugins", ()) if foreign else ())
+    owners = {k: identities.get(k, {}).get("plugin") for k in INFERENCE_KINDS}
+    foreign = {k: str(name) for k, name in owners.items() if name not in (None, BUILTIN)}
+    sources = arch.get("plugins", ()) if foreign or config.name.startswith(PREFIX) else ()
+    known = plugins or _plugins_of(arch, sources, foreign, folder)
     _warn_of_changes(arch, known)
     config = bind_model(config, known)
     dense = build_model(config, classes=plan.shape.classes, channels=plan.shape.channels)
@@ -92,6 +99,26 @@ def load_model(folder: str | Path, *, plugins: Plugins | None = None) -> nn.Modu
     known_so_far = dict(getattr(model, "pretrained_cfg", None) or {})
     model.pretrained_cfg = {**known_so_far, "input_size": size, **arch.get("normalisation", {})}
     return model.eval()
+
+
+def _plugins_of(
+    arch: Mapping[str, Any], sources: Sequence[str], foreign: Mapping[str, str], folder: Path
+) -> Plugins:
+    """What provides the model's components; `foreign` names the plugin of those that are not built in."""
+    try:
+        known = Plugins.load(sources)
+        for kind in foreign:
+            known.identity(kind, arch["components"][kind]["name"])
+    except PluginError as error:
+        named = arch["model"]["name"]
+        needed = ", ".join(
+            f"{name!r} ({kind} {arch['components'][kind]['name']!r})" for kind, name in foreign.items()
+        )
+        raise ModelError(
+            f"{folder}: this model needs the plugin {needed or f'of {named}'}, which is not here; install it, or pass "
+            f"plugins=Plugins.load(['path/to/plugin.py']) ({error})"
+        ) from None
+    return known
 
 
 def _warn_of_changes(arch: Mapping[str, Any], plugins: Plugins) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ucc_search.batches import image_slices
 from ucc_search.interfaces import TokenView
 
+_SHORT, _FEW = 96, 2
+"""Up to this length, and with fewer images, a matrix product beat the FFT on two cores; no result depends on it."""
 _TINY = 1e-12  # keeps all-zero tokens from dividing by zero
 
 
@@ -17,8 +19,9 @@ class LowPass(nn.Module):
     """A filter of real values along one axis or a grid; its output is complex, given as its two parts.
 
     The gain splits into G_k = E_k + O_k with E_k = E_{-k} and O_k = -O_{-k} (indices modulo the lengths):
-    E gives the real part and O the imaginary part of the output, each by one real inverse FFT. A trace
-    (torch.compile, export) takes the same filter as a matrix instead: ONNX knows no complex numbers.
+    E gives the real part and O the imaginary part of the output, each by one real inverse FFT. Short axes
+    and few images multiply by the same filter as a matrix, which is faster there; so does a trace
+    (torch.compile, export), as ONNX knows no complex numbers.
 
     Args:
         gain: float64, one per frequency of each axis: [n] or [rows, columns].
@@ -41,7 +44,8 @@ class LowPass(nn.Module):
 
     def forward(self, values_BNX: Tensor) -> tuple[Tensor, Tensor]:
         """(real_BNX, imaginary_BNX); values float32, N the product of the lengths."""
-        if torch.compiler.is_compiling():
+        images, places, _ = values_BNX.shape
+        if torch.compiler.is_compiling() or places <= _SHORT or images < _FEW:
             real_BNX, imaginary_BNX = (self.matrix_MN @ values_BNX).chunk(2, dim=1)
             return real_BNX, imaginary_BNX
         axes = tuple(range(1, 1 + len(self.lengths)))
@@ -85,7 +89,7 @@ class LowPassEnergy(nn.Module):
         patches_BND = view.patches_BND.detach()
         with torch.no_grad():
             low_pass = self._filter(patches_BND, view.grid)
-            slices = image_slices(patches_BND, 8 * patches_BND.shape[1] * patches_BND.shape[2])
+            slices = image_slices(patches_BND, 4 * patches_BND.shape[1] * patches_BND.shape[2])
             parts = [self._energy(low_pass, patches_BND[s].float(), view.position_BN[s]) for s in slices]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -95,8 +95,8 @@ class Spectral(Scorer):
     def macs(self, site: Site) -> int:
         """A forward and an inverse complex FFT, see `fft_macs`.
 
-        An upper bound by a quarter: the forward one is real. (A traced model multiplies by the filter's
-        matrix instead: more MACs, at the speed of a matrix product.)
+        The forward one is real in fact, a quarter less of the whole; short axes, single images and traced models
+        multiply by the filter's matrix instead, which is more MACs in less time.
         """
         if self.sign == "high":
             return 0

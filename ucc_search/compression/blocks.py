@@ -105,7 +105,7 @@ class CompressedBlock(nn.Module):
         keys = attended.k_BHTK
         view = self._view(x_BTD, attended, keys, state)
         if self.scorer is not None:
-            score_BN = self._scores(self.scorer(view), view)
+            score_BN = self._score(view)
             if self.check and not bool(score_BN.isfinite().all()):
                 scorer = type(self.components.scorer).__name__
                 raise FloatingPointError(f"the scorer {scorer} gave scores that are not finite")
@@ -141,8 +141,10 @@ class CompressedBlock(nn.Module):
         one_BN1 = (1.0 + (score_BN - score_BN.detach()))[..., None].to(x_BTD.dtype)
         return torch.cat([x_BTD[:, : self.prefix], x_BTD[:, self.prefix :] * one_BN1], dim=1)
 
-    def _scores(self, score_BN: Tensor, view: TokenView) -> Tensor:
-        """The shape is known from integers, so this check costs nothing and survives an export."""
+    def _score(self, view: TokenView) -> Tensor:
+        """The shape is known from integers, so its check costs nothing and survives an export."""
+        assert self.scorer is not None
+        score_BN = self.scorer(view)
         expected = tuple(view.patches_BND.shape[:2])
         if tuple(score_BN.shape) != expected:
             raise PlanError(
