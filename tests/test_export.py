@@ -177,3 +177,35 @@ def test_compiling_breaks_the_graph_nowhere(tmp_path, aggregator):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(images), model(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_on_delivery_run(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from ucc_search.cli import app
+
+    root = Path(__file__).resolve().parent.parent
+    monkeypatch.chdir(root)
+    page = (root / "docs" / "delivery.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\$ ucc-search (.*)$", page, re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        done = CliRunner().invoke(app, line.replace("EXPORTED", str(tmp_path)).split())
+        assert done.exit_code == 0, (line, done.output, done.exception)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits-ucc", "fashion-mnist-ucc", "fashion-mnist-ucc-upvit"])
+def test_every_trial_on_the_shipped_fronts_exports(tmp_path, name):
+    from ucc_search.runs import load_run
+
+    run = load_run(RUN.parent / name)
+    kept = [
+        i for i in run.pareto()["trials"].explode() if (run.path / "trials" / str(i) / "arch.json").is_file()
+    ]
+    assert kept
+    for trial in kept:
+        for kind in ("onnx", "torch-export"):
+            done = export_model(find_artifact(run.path, int(trial)), kind, tmp_path / f"{trial}-{kind}")
+            assert done.difference <= 1e-4
