@@ -212,6 +212,18 @@ WRONG = {
         ("search", "space.yaml", "--out", "run", "--resume", "--seed", "7"),
         ["run was made with search.seed: 0, now it is 7", "set it back"],
     ),
+    "reproduce no trial": (("reproduce", "run", "--trial", "99"), ["run has no trial 99", "its trials are"]),
+    "reproduce no run": (("reproduce", "empty", "--trial", "0"), ["empty", "not a run folder"]),
+    "info misspelt": (("plugins", "info", "jiont"), ["nothing is called 'jiont'", "did you mean 'joint'?"]),
+    "validate nothing": (("plugins", "validate", "--no-plugins"), ["nothing to validate", "--plugin"]),
+    "validate no file": (("plugins", "validate", "--plugin", "absent.py"), ["absent.py", "no such .py file"]),
+    "new of no kind": (("plugins", "new", "x", "--kind", "scoer"), ["did you mean 'scorer'?", "kinds:"]),
+    "disabled misspelt": (("plugins", "list", "--disable-plugin", "biultin"), ["did you mean 'builtin'?"]),
+    "data set of no plugin": (sets("data.name=plugin:mine"), ["unknown dataset 'mine'"]),
+    "no range to search": (
+        sets("space.scorer={name: joint, sign: search}"),
+        ["'joint' declares no range for sign", "mix, kappa"],
+    ),
     "analyze no run": (("analyze", "empty"), ["empty", "not a run folder", "ucc-search search"]),
     "analyze misspelt": (("analyze", "rum"), ["rum", "did you mean 'run'?"]),
     "pick too small": (
