@@ -8,10 +8,12 @@ import pytest
 import timm
 import torch
 from families import FAMILIES, family
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ucc_search.builtin import default_components
 from ucc_search.compression import ProxyInputs, compress, shape_of
+from ucc_search.compression.attention import fused_attention
 from ucc_search.compression.factorize import factor_product, low_rank_linear
 from ucc_search.compression.whitening import _Sums
 from ucc_search.config import WidthsConfig
@@ -210,6 +212,31 @@ def test_whitening_measures_what_is_left_after_widths():
     wide = plan.replace(embed_dim=24, mlp_hidden=plan.shape.blocks[0].mlp_hidden)
     compress(model, wide, inputs=inputs)
     torch.testing.assert_close(compress(model, plan, inputs=inputs)(images(plan.shape)), found)
+
+
+@pytest.mark.parametrize(("keys", "values"), [(4, 9), (9, 4), (6, 6)])
+def test_attention_of_any_widths_stays_on_the_fused_kernel(keys, values):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 11, d, generator=generator) for d in (keys, keys, values))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # refuses what the fused kernel cannot do
+        found = fused_attention(q, k, v, scale=0.3)
+    torch.testing.assert_close(found, (0.3 * q @ k.mT).softmax(dim=-1) @ v)
+    torch.testing.assert_close(
+        fused_attention(q, k, v), (q @ k.mT / keys**0.5).softmax(dim=-1) @ v, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_an_mlp_in_slices_is_the_mlp(monkeypatch):
+    model = family("vit")
+    shape = shape_of(model)
+    mlp = compress(model, CompressionPlan.identity(shape).replace(mlp_rank=9)).blocks[0].mlp
+    x, calls = torch.randn(5, 10, shape.embed_dim).double(), []
+    mlp.fc1.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    whole = mlp(x)
+    monkeypatch.setattr("ucc_search.batches.CACHE_BYTES", 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(mlp(x), whole, rtol=0, atol=1e-12)
+    assert calls == [5, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import torch
 from families import family
 from tiny import tiny_config
 
-from ucc_search.budget import Budget
+from ucc_search.budget import Budget, budgets
 from ucc_search.builtin import default_components
 from ucc_search.compression import assemble, compress, shape_of
 from ucc_search.compression.selection import first_units
-from ucc_search.config import RankSearchConfig, WidthsConfig
+from ucc_search.config import BudgetConfig, RankSearchConfig, WidthsConfig
 from ucc_search.costs import cost
 from ucc_search.data import TensorImages
 from ucc_search.plan import CompressionPlan
@@ -22,7 +22,7 @@ from ucc_search.rank_search import GatedRanks, gated, rank_choices, select_ranks
 from ucc_search.runner import search
 from ucc_search.widths import Widths
 
-RANGES = {kind: {"low": 0.25, "multiple": 1} for kind in ("qk_rank", "v_rank", "mlp_rank")}
+RANGES = {kind: {"low": 0.25, "multiple": 1} for kind in ("qk_rank", "v_rank", "mlp_rank", "head_rank")}
 CONFIG = RankSearchConfig(levels=3, rounds=2, gate_steps=6, weight_steps=2, batch_size=8)
 
 
@@ -36,7 +36,11 @@ def setting(name="vit"):
 
 def factorised(model, plan):
     dim = plan.embed_dim
-    full = plan.replace(low_rank_attention=True, mlp_rank=[min(b.mlp_hidden, dim) for b in plan.blocks])
+    full = plan.replace(
+        low_rank_attention=True,
+        mlp_rank=[min(b.mlp_hidden, dim) for b in plan.blocks],
+        head_rank=min(dim, plan.shape.classes),
+    )
     return assemble(model, full, default_components(), first_units(full))
 
 
@@ -56,6 +60,7 @@ def test_a_gate_of_one_rank_is_that_rank():
         qk_dim=[c.ranks[0] for c in choices if c.name.startswith("qk")],
         v_dim=[c.ranks[0] for c in choices if c.name.startswith("v_")],
         mlp_rank=[c.ranks[0] for c in choices if c.name.startswith("mlp")],
+        head_rank=next(c.ranks[0] for c in choices if c.name == "head_rank"),
     )
     x = images(plan.shape)
     full = factorised(model, plan)
@@ -92,6 +97,28 @@ def test_the_price_of_a_choice_is_the_plans_own():
     assert float(gates.price(one_hot(choices, 2))) == pytest.approx(1.0)
     lowest = widths.at(plan, {c.name: c.ratios[0] for c in choices}, 0.5)
     assert float(gates.price(one_hot(choices, 0))) == pytest.approx(cost(lowest, parts).macs / dense.macs)
+
+
+@pytest.mark.parametrize(
+    ("limits", "field"),
+    [
+        ({"macs": "50%"}, "macs"),
+        ({"flops": "50%"}, "macs"),
+        ({"params": "50%"}, "params"),
+        ({"macs": "50%", "params": "90%"}, "macs"),
+        ({"macs": "90%", "params": "50%"}, "params"),
+    ],
+)
+def test_the_price_is_of_whichever_limit_is_tighter(limits, field):
+    model, plan, choices, _ = setting()
+    dense = cost(plan, default_components())
+    (budget,) = budgets(BudgetConfig(**limits), dense)
+    gates = GatedRanks(factorised(model, plan), choices, budget, (dense.macs, dense.params), 1.5)
+    for place in (0, 1, 2):
+        saved = sum(getattr(c, field)[place] for c in choices)
+        full = getattr(dense, field)
+        expected = (full - saved) / (full // 2)
+        assert float(gates.price(one_hot(choices, place))) == pytest.approx(expected, rel=1e-3)
 
 
 def test_selection_lowers_the_price_and_leaves_the_teacher_alone():
