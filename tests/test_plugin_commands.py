@@ -53,7 +53,8 @@ def test_a_new_plugin_of_every_kind_keeps_its_contract(kind, tmp_path):
     assert plugins.describe(kind, "my_own")["summary"].endswith(".")
 
 
-@pytest.mark.parametrize("kind", ["observer", pytest.param("scorer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["observer", "scorer"])
 def test_a_new_package_passes_its_own_tests_at_once(kind, tmp_path):
     files = new_plugin(kind, "my_own", tmp_path, package=True)
     top = tmp_path / "ucc-plugin-my-own"

@@ -225,9 +225,10 @@ def test_a_broken_line_of_the_contract_is_named(component, check, problem, fix):
         assert part in str(found)
 
 
-@pytest.mark.parametrize(
-    "component", [Norm(), ClassAttention(), Predictor(), Host()], ids=lambda c: type(c).__name__
-)
+SLOW = [pytest.param(c, marks=pytest.mark.slow) for c in (Norm(), ClassAttention(), Host())]
+
+
+@pytest.mark.parametrize("component", [Predictor(), *SLOW], ids=lambda c: type(c).__name__)
 def test_what_keeps_the_contract_passes(component):
     assert_conforms(component)
 
