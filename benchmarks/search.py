@@ -17,7 +17,7 @@ benchmark goes on where it was.
 
     python benchmarks/search.py run --space tokens --method random --seeds 0 1 2 3 4
     python benchmarks/search.py hand --space tokens
-    python benchmarks/search.py front --space tokens --seeds 0 1 2
+    python benchmarks/search.py front --space tokens-widths --trials 100 --seeds 0 1
     python benchmarks/search.py report
 """
 
@@ -26,7 +26,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,12 +36,13 @@ from pathlib import Path
 from typing import Any
 
 from ucc_search.budget import Budget, whole_tokens, with_tokens
-from ucc_search.config import load_config
+from ucc_search.config import Baseline, load_config
 from ucc_search.costs import cost
-from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Measured, SamplerRequest
+from ucc_search.errors import BudgetError
+from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Dimension, Measured, SamplerRequest
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
-from ucc_search.schedule import Scheduler
+from ucc_search.schedule import Scheduler, candidate_of
 from ucc_search.space import Candidate, SearchSpace
 from ucc_search.store import plan_key
 
@@ -47,6 +50,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SPACES = {"tokens": "fashion_mnist_ucc.yaml", "tokens-widths": "fashion_mnist_ucc_upvit.yaml"}
 IMAGES = 250
 BUDGET = "50%"
+FRONT = (30, 45, 60, 75, 90)
 Point = dict[str, Any]
 Measure = Callable[[Point], "float | None"]
 
@@ -220,6 +224,152 @@ def run(arguments: argparse.Namespace) -> None:
             print(arguments.space, method, seed, best, f"{time.perf_counter() - start:.0f} s", flush=True)
 
 
+def hand(arguments: argparse.Namespace) -> None:
+    """Hand-made schedules of tokens, and in the wider space of widths, projected onto the budget."""
+    problem = Problem(arguments.space, arguments.cache)
+    found: dict[str, float] = {}
+    cascades = ["geometric", {"name": "geometric", "first_block": 0}, "staged", "constant"]
+    cascades += [{"name": "staged", "blocks": [1]}, {"name": "staged", "blocks": [0, 2, 4]}]
+    narrow = {"embed": {"low": 0.5}, "attention": {"low": 0.25}, "mlp": {"low": 0.25}}
+    some = {"attention": {"low": 0.25}, "mlp": {"low": 0.25}}
+    made = [{"name": str(c), "cascade": c} for c in cascades]
+    if arguments.space == "tokens-widths":
+        made += [{"name": "widths", "cascade": "keep_all", "widths": narrow}]
+        made += [{"name": "inner widths", "cascade": "keep_all", "widths": some}]
+        made += [{"name": "tokens and inner widths", "cascade": "geometric", "widths": some}]
+    for settings in made:
+        candidate = candidate_of(Baseline(**{"scorer": "joint", "aggregator": "host", **settings}))
+        try:
+            found[settings["name"]] = problem.kl(problem.scheduler.plan(candidate, problem.budget), candidate)
+        except BudgetError as error:
+            print(settings["name"], error)
+    for number, start in enumerate(problem.space.known_good()):
+        point = {d.name: start.get(d.name, d.high) for d in problem.space.dimensions}
+        found[f"known good point {number}"] = problem.projected(point)[0]
+    write(arguments.out / "hand.json", arguments.space, {k: round(v, 6) for k, v in found.items()})
+
+
+def front(arguments: argparse.Namespace) -> None:
+    """One study of all budgets with N trials against studies of one budget with N / 5 trials each."""
+    steps = (FRONT[-1] - FRONT[0]) // (len(FRONT) - 1)
+    whole = f"{{macs: {{low: {FRONT[0]}%, high: {FRONT[-1]}%, step: {steps}%}}}}"
+    for seed in arguments.seeds:
+        key = f"{arguments.space} {arguments.trials} {seed}"
+        if key in stored(arguments.out / "front.json"):
+            continue
+        problem = Problem(arguments.space, arguments.cache, whole)
+        together = _front_study(problem, seed, arguments.trials)
+        alone = []
+        for budget in problem.scheduler.budgets:
+            problem.budget = budget
+            values = list(with_sampler("shell", problem, seed, arguments.trials // len(FRONT)))
+            alone.append(best_after(values, len(values)))
+        print(key, together, alone, flush=True)
+        write(arguments.out / "front.json", key, {"budgets": FRONT, "one": together, "separate": alone})
+
+
+def _front_study(problem: Problem, seed: int, trials: int) -> list[float]:
+    """The best KL within each budget, of one study over all of them."""
+    budgets, space = problem.scheduler.budgets, problem.space
+    sampler = problem.plugins.build("sampler", ComponentRef("shell"))
+
+    def project(point: Mapping[str, Any]) -> Point | None:
+        try:
+            plan = problem.scheduler.plan(space.decode(point), budgets[point["budget"]])
+        except BudgetError:
+            return None
+        return space.at_plan(point, plan)
+
+    dimensions = [*space.dimensions, Dimension("budget", 0, len(budgets) - 1, step=1)]
+    sampler.start(SamplerRequest(dimensions, [False, False], seed, trials, space.known_good(), project))
+    best = [float("inf")] * len(budgets)
+    for _ in range(trials):
+        point = dict(sampler.propose())
+        problem.budget = budgets[point["budget"]]
+        kl, measured = problem.projected(point)
+        sampler.tell(Measured(measured, [kl, point["budget"]], {"macs": 0.0}))
+        # What meets a tight budget meets the looser ones.
+        best = [min(b, kl) if i >= point["budget"] else b for i, b in enumerate(best)]
+    return best
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """The table, and one plot per space (the extra `plots`)."""
+    rows, hands = read(arguments.out / "curves.jsonl"), stored(arguments.out / "hand.json")
+    lines: list[str] = []
+    for space in SPACES:
+        curves = {m: [r for r in rows if (r["space"], r["method"]) == (space, m)] for m in METHODS}
+        curves = {m: c for m, c in curves.items() if c}
+        if not curves:
+            continue
+        lines += [
+            f"## {space}",
+            "",
+            "| method | seeds | 25 | 50 | 100 | 200 trials |",
+            "|---|---|---|---|---|---|",
+        ]
+        for method, runs in curves.items():
+            cells = [_cell(runs, n) for n in (25, 50, 100, 200)]
+            lines.append(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
+        for name, kl in sorted(hands.get(space, {}).items(), key=lambda x: x[1]):
+            lines.append(f"| by hand: {name} | 1 | {kl:.4f} | | | |")
+        lines.append("")
+        _plot(arguments.out / f"{space}.svg", space, curves, hands.get(space, {}))
+    whole = stored(arguments.out / "front.json")
+    if whole:
+        lines += ["## one study of the whole front against five", ""]
+        lines += ["| space, trials, seed | " + " | ".join(f"{b}%" for b in FRONT) + " |"]
+        lines += ["|---|" + "---|" * len(FRONT)]
+    for key, found in whole.items():
+        pairs = zip(found["one"], found["separate"], strict=True)
+        lines.append(f"| {key} | " + " | ".join(f"{a:.4f} / {b:.4f}" for a, b in pairs) + " |")
+    text = "\n".join(lines) + "\n"
+    (arguments.out / "table.md").write_text(text)
+    print(text)
+
+
+def _cell(runs: Sequence[Mapping[str, Any]], trials: int) -> str:
+    """Median and range over the seeds of the best after so many trials."""
+    found = [best_after(r["values"], trials) for r in runs if len(r["values"]) >= trials]
+    known = [math.inf if v is None else v for v in found]
+    if not known:
+        return ""
+    return f"{statistics.median(known):.4f} ({min(known):.4f} to {max(known):.4f})"
+
+
+def _plot(path: Path, space: str, curves: Mapping[str, Sequence[Any]], hands: Mapping[str, float]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for method, runs in curves.items():
+        count = min(len(r["values"]) for r in runs)
+        best = [[best_after(r["values"], n) or math.nan for r in runs] for n in range(1, count + 1)]
+        trials = range(1, count + 1)
+        (line,) = axes.plot(trials, [statistics.median(v) for v in best], label=method)
+        axes.fill_between(
+            trials, [min(v) for v in best], [max(v) for v in best], alpha=0.15, color=line.get_color()
+        )
+    if hands:
+        axes.axhline(min(hands.values()), color="black", linestyle=":", label="best by hand")
+    axes.set(xlabel="trials", ylabel="lowest KL to the teacher (median, range)", yscale="log", title=space)
+    axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def stored(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def write(path: Path, key: str, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**stored(path), key: value}, indent=1) + "\n")
+
+
 def best_after(values: Sequence[float | None], trials: int) -> float | None:
     """The lowest KL of the first `trials` proposals; None if none was within the budget."""
     return min((v for v in values[:trials] if v is not None), default=None)
@@ -232,7 +382,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, function in (("run", run),):
+    for name, function in (("run", run), ("hand", hand), ("front", front), ("report", report)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("--out", type=Path, default=ROOT / "results" / "search-benchmark")

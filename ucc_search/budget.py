@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ucc_search.config import BudgetConfig
 from ucc_search.costs import Cost, Price, Pricer, cost
 from ucc_search.errors import BudgetError
-from ucc_search.interfaces import Components
+from ucc_search.interfaces import Components, Metric
 from ucc_search.plan import WHOLE_FIELDS, BlockPlan, CompressionPlan
 from ucc_search.units import format_macs, format_params, parse_amount
 from ucc_search.widths import Ratios, Widths
 
 Profile = Callable[[float], Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """An upper limit on a price of a plugin, or on latency."""
+
+    name: str
+    most: float
+    metric: Metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +34,16 @@ class Budget:
     """As the user wrote the target, for example `macs=50%`."""
     max_macs: int | None = None
     max_params: int | None = None
+    limits: tuple[Limit, ...] = ()
+    """Of other prices: latency, and those of plugins."""
 
     def holds(self, value: Cost | Price) -> bool:
         within_macs = self.max_macs is None or value.macs <= self.max_macs
         return within_macs and (self.max_params is None or value.params <= self.max_params)
+
+    def admits(self, plan: CompressionPlan, price: Cost | Price, components: Components) -> bool:
+        """Whether all limits hold; the cheap ones are asked first."""
+        return self.holds(price) and all(x.metric.value(plan, components) <= x.most for x in self.limits)
 
     def over(self, macs: int, params: int) -> dict[str, float]:
         """By limit, how far over it a price is, as a share of it; at most 0 is within."""
@@ -36,19 +51,43 @@ class Budget:
         return {k: value / most - 1 for k, (value, most) in limits.items() if most is not None}
 
 
-def budgets(config: BudgetConfig, dense: Cost) -> list[Budget]:
+def budgets(
+    config: BudgetConfig, dense: Cost, limits: Mapping[str, tuple[Metric, float]] | None = None
+) -> list[Budget]:
     """One budget per listed target.
+
+    Args:
+        limits: by name of `config.metrics`, the metric and its value for the uncompressed model.
 
     Raises:
         BudgetError: a value is neither a percentage nor an amount.
     """
     params = None if config.params is None else _limit(config.params, dense.params, "budget.params")
+    others = tuple(
+        Limit(name, _limit_of(config.metrics[name], whole, f"budget.metrics.{name}"), metric)
+        for name, (metric, whole) in (limits or {}).items()
+    )
     metric, targets = config.targets()
     if not targets:
-        return [Budget(f"params={_text(config.params)}", None, params)]
+        given = {"params": config.params} if config.params is not None else config.metrics
+        label = ",".join(f"{name}={_text(value)}" for name, value in given.items())
+        return [Budget(label, None, params, others)]
     per_mac = 2 if metric == "flops" else 1
-    limits = [_limit(v, per_mac * dense.macs, f"budget.{metric}") // per_mac for v in targets]
-    return [Budget(f"{metric}={_text(v)}", most, params) for v, most in zip(targets, limits, strict=True)]
+    most = [_limit(v, per_mac * dense.macs, f"budget.{metric}") // per_mac for v in targets]
+    return [Budget(f"{metric}={_text(v)}", m, params, others) for v, m in zip(targets, most, strict=True)]
+
+
+def _limit_of(value: str | float, whole: float, key: str) -> float:
+    """A limit in the metric's own unit; a percentage is of the uncompressed model's value."""
+    text = _text(value)
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    percent = text.endswith("%")
+    if not 0 < number < math.inf or (percent and number > 100):
+        raise BudgetError(f"{key} is {text!r}, expected a percentage up to 100% or a positive number")
+    return whole * number / 100 if percent else number
 
 
 def _text(value: str | float | None) -> str:
@@ -111,12 +150,20 @@ def project(
     price = price or Pricer(components)
 
     def fits(candidate: CompressionPlan) -> bool:
-        return budget.holds(price(candidate))
+        return budget.admits(candidate, price(candidate), components)
 
     strongest = at(1.0)
     if not fits(strongest):
         dense = cost(CompressionPlan.identity(plan.shape))
-        raise unreachable(budget, cost(strongest, components), dense, _advice(plan, narrows=bool(widths)))
+        advice = _advice(plan, narrows=bool(widths))
+        for limit in budget.limits if budget.holds(price(strongest)) else ():
+            least, unit = limit.metric.value(strongest, components), limit.metric.unit
+            if least > limit.most:
+                raise BudgetError(
+                    f"budget {budget.label}: {limit.name} of at most {limit.most:.4g} {unit} is below the smallest "
+                    f"plan's {least:.4g} {unit}; {advice}"
+                )
+        raise unreachable(budget, cost(strongest, components), dense, advice)
     weakest = at(0.0)
     if fits(weakest):
         return weakest.replace()

@@ -281,7 +281,7 @@ class Campaign:
             params=price.params,
             macs_ratio=price.macs / self.scheduler.dense_cost.macs,
             limit_macs=job.budget.max_macs,
-            feasible=job.budget.holds(price),
+            feasible=job.budget.admits(job.plan, price, parts),
             tokens=list(job.plan.tokens),
             plan_key=plan_key(job.plan),
             kl=outcome.get("kl"),

@@ -659,13 +659,15 @@ class BudgetConfig(_Frozen):
     flops: Targets | None = None
     """In place of `macs`: twice as many."""
     params: str | float | None = None
+    metrics: Mapping[str, str | float] = Field(default_factory=dict)
+    """Limits on prices of plugins (hook `ucc_metrics`), in their unit or in percent of the uncompressed model."""
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:
         if self.macs is not None and self.flops is not None:
             raise ValueError("give `macs` or `flops`, not both (1 MAC is 2 FLOPs)")
-        if self.macs is None and self.flops is None and self.params is None:
-            raise ValueError("needs at least one of macs, flops, params")
+        if self.macs is None and self.flops is None and self.params is None and not self.metrics:
+            raise ValueError("needs at least one of macs, flops, params, metrics")
         return self
 
     @property

@@ -50,7 +50,13 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
         "dense": {"macs": dense.macs, "flops": dense.flops, "params": dense.params},
         "reachable": _reachable(config, scheduler, space, plugins),
         "budgets": [
-            {"label": b.label, "max_macs": b.max_macs, "max_params": b.max_params} for b in scheduler.budgets
+            {
+                "label": b.label,
+                "max_macs": b.max_macs,
+                "max_params": b.max_params,
+                "limits": {x.name: f"{x.most:.4g} {x.metric.unit} of {x.name}" for x in b.limits},
+            }
+            for b in scheduler.budgets
         ],
         "dimensions": [d.name for d in space.dimensions],
         "trials": estimate.jobs(config),
@@ -90,6 +96,7 @@ def preview_text(found: dict[str, Any]) -> str:
     for budget in found["budgets"]:
         limits = [format_macs(budget["max_macs"])] if budget["max_macs"] else []
         limits += [format_params(budget["max_params"])] if budget["max_params"] else []
+        limits += budget["limits"].values()
         most = found["reachable"].get("search", {}).get("max_macs")
         above = (
             " (more than any plan of the search costs)" if most and (budget["max_macs"] or 0) > most else ""

@@ -50,7 +50,12 @@ class Scheduler:
         dense = CompressionPlan.identity(shape)
         self.base = dense.replace(head_tokens_only=spares_last_block(config.space, shape))
         self.dense_cost = cost(dense)
-        self.budgets = budgets(config.budget, self.dense_cost)
+        metrics = {n: plugins.build("metric", ComponentRef(n)) for n in config.budget.metrics}
+        corner = (
+            plugins.components(*(getattr(config.space, k)[0] for k in INFERENCE_KINDS)) if metrics else None
+        )
+        limits = {n: (m, m.value(dense, corner)) for n, m in metrics.items()}
+        self.budgets = budgets(config.budget, self.dense_cost, limits)
         self._profiles: dict[str, Profile] = {}
         self._pricers: dict[str, Pricer] = {}
 

@@ -6,6 +6,7 @@ one: it learns where proposals landed, not where it aimed.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import random
@@ -157,6 +158,8 @@ class CMAES(OptunaSampler):
                 "search.sampler cmaes knows one objective, a range of budgets has two; list the budgets, or use "
                 "shell, tpe, nsga2, nsga3 or gp"
             )
+        if importlib.util.find_spec("cmaes") is None:
+            raise UserError("search.sampler cmaes needs a package: pip install 'ucc-search[samplers]'")
         return optuna.samplers.CmaEsSampler(seed=request.seed)
 
 

@@ -12,6 +12,8 @@ from ucc_search.interfaces import Dimension, Measured, Sampler, SamplerRequest
 Point = dict[str, Any]
 Key = tuple[Any, ...]
 _POOL = 400
+_TAUGHT = 256
+"""Points at most that the model learns from: its time grows with their cube."""
 
 
 class Shell(Sampler):
@@ -95,7 +97,9 @@ class Shell(Sampler):
 
         from ucc_search.builtin.surrogate import expected_improvement
 
-        known = [(p, v) for p, v in self._measured.values()]
+        # The model learns from the plans nearest to this budget, the best of them first.
+        known = sorted(self._measured.values(), key=lambda k: (abs(k[0].get("budget", 0) - level), k[1]))
+        known = known[:_TAUGHT] if len(known) > _TAUGHT else list(self._measured.values())
         if len(known) < 2:
             return None
         logarithmic = not self._request.maximize[0] and min(v for _, v in known) > 0

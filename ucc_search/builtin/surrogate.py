@@ -30,6 +30,7 @@ class Surrogate:
         count = max(groups, default=-1) + 1  # none where nothing is searched
         # Base-2 logarithms: length scales, then the variances of the linear part and of the noise.
         self._setting = [1.0] * count + [-2.0, -6.0]
+        self._fits = 0
         self._bounds = [(-3.0, 5.0)] * count + [(-10.0, 4.0), (-12.0, 0.0)]
 
     def fit(self, x_ND: Floats, y_N: Floats) -> None:
@@ -38,7 +39,11 @@ class Surrogate:
         self._mean, self._spread = float(y_N.mean()), float(y_N.std()) or 1.0
         self._y_N = (y_N - self._mean) / self._spread
         best = self._evidence(self._setting)
-        for place, (low, high) in enumerate(self._bounds):
+        every = range(len(self._bounds))
+        self._fits += 1
+        # Beyond a hundred points a fit takes long, and hyperparameters hardly move: one at a time.
+        for place in every if len(y_N) <= 128 else (self._fits % len(every),):
+            low, high = self._bounds[place]
             for step in (1.0, -1.0):
                 other = list(self._setting)
                 other[place] = min(max(other[place] + step, low), high)
