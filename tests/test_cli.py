@@ -94,6 +94,9 @@ def sets(*overrides: str) -> tuple[str, ...]:
 
 # Arguments, and what the sentence must say: where, what came, what is allowed or what to do.
 WRONG = {
+    "no model to export": (("export", "empty", "--out", "new"), ["empty", "no arch.json", "--trial"]),
+    "no model to push": (("push", "empty", "--repo-id", "a/b"), ["empty", "no arch.json"]),
+    "no model to bench": (("bench", "empty"), ["empty", "no arch.json"]),
     "nothing to compare": (("compare", "space.yaml"), ["compare", "name your method", "--scorer my_score"]),
     "an unknown contender": (
         ("compare", "space.yaml", "--scorer", "spectrl", "--out", "new"),

@@ -232,7 +232,11 @@ def bench_text(found: Mapping[str, Any]) -> str:
     ]
     for m in found["measured"]:
         rates = f"{m['dense_images_per_second']['median']:.0f} -> {m['compressed_images_per_second']['median']:.0f}"
-        became = "-" if m["became_time"] is None else f"{100 * m['became_time']:.0f} % became time"
+        became = (
+            "nothing was cut" if m["became_time"] is None else f"{100 * m['became_time']:.0f} % became time"
+        )
+        if m["speedup"]["median"] < 1:
+            became = "none became time: it is slower"
         lines.append(
             f"{m['runtime']:14}{m['batch']:>6}{m['rounds']:>7}  {_spread(m['dense_ms']):>24}  {_spread(m['compressed_ms']):>24}"
             f"  {rates:>15}  {_spread(m['speedup']):>20}  {became}"
