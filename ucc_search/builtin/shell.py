@@ -103,7 +103,9 @@ class Shell(Sampler):
         if len(known) < 2:
             return None
         logarithmic = not self._request.maximize[0] and min(v for _, v in known) > 0
-        y_N = np.array([math.log(v) if logarithmic else v for _, v in known])
+        # Nearly lossless plans of loose budgets would stretch the scale without end.
+        floor = 1e-4 * max(v for _, v in known)
+        y_N = np.array([math.log(max(v, floor)) if logarithmic else v for _, v in known])
         self._model.fit(np.array([self._features(p) for p, _ in known]), y_N)
         if self._pending:
             self._model.extend(np.array([self._features(p) for p in self._pending.values()]))
