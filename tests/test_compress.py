@@ -221,7 +221,7 @@ def check_cost(model, plan, components):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_cost_is_what_torch_counts(name):
+def test_cost_is_what_torch_counts(name, always_fft):
     model = family(name, "meta")
     check_cost(model, CompressionPlan.identity(shape_of(model)), parts())
     check_cost(model, cut_plan(model), parts())
@@ -232,7 +232,7 @@ def test_cost_is_what_torch_counts(name):
 
 @pytest.mark.parametrize("scorer", SCORERS, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_little_patch16_reg4_gap_256"])
-def test_every_scorer_costs_what_torch_counts(name, scorer):
+def test_every_scorer_costs_what_torch_counts(name, scorer, always_fft):
     model = family(name, "meta")
     if shape_of(model).class_token or not scorer.needs_class_token:
         # Fusing and dropping add nothing of their own.

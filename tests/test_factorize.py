@@ -90,7 +90,7 @@ def test_costs_of_low_ranks_are_exact(dense):
     assert not torch.allclose(small(images(shape)), dense(images(shape)))
 
 
-def test_half_the_heads_then_half_the_ranks_and_fewer_tokens():
+def test_half_the_heads_then_half_the_ranks_and_fewer_tokens(always_fft):
     """Widths are selected first, and what remains is factorised: no more is lost than by ranks of that model."""
     model = family("vit")
     shape = shape_of(model)
@@ -275,7 +275,7 @@ def test_the_rank_of_a_classifier_follows_the_budget():
         found = list(widths.grown(plan))
         if not found:
             break
-        (plan,) = found
+        ((_, plan),) = found
         ranks.append(plan.head_rank)
     assert ranks == [16 + 8 * (i + 1) for i in range(len(ranks) - 1)] + [None] and len(ranks) > 2
     assert plan == dense
@@ -292,7 +292,7 @@ def test_ranks_follow_the_budget_like_widths():
     assert prices == sorted(prices, reverse=True) and prices[-1] < 0.45 * prices[0]
     lowest = widths.at(dense, None, 1.0)
     assert lowest.low_rank_attention and {b.qk_dim for b in lowest.blocks} == {16}
-    for wider in widths.grown(lowest):
+    for _, wider in widths.grown(lowest):
         assert cost(wider).macs > cost(lowest).macs
     assert widths.at(dense, widths.ratios(lowest), 0.5) == lowest
 
