@@ -497,8 +497,9 @@ def test_ray_tune_and_deepspeed_carry_out_a_run_on_warm_workers(tmp_path):
         ("dense", "train", "ok"),
         ("search", "train", "ok"),
     ], [r.error for r in run.rows]
-    here, *workers = (tmp_path / "processes").read_text(encoding="utf-8").split()
-    assert here == str(os.getpid())
+    loads = (tmp_path / "processes").read_text(encoding="utf-8").split()
+    # This process loads it once or, where it has not yet seen data and model of this configuration, twice.
+    workers = [process for process in loads if process != str(os.getpid())]
     assert len(workers) == 1, "one process measured every trial"
     training = (tmp_path / "training").read_text(encoding="utf-8").splitlines()
     assert training == [f"{workers[0]} True"] * 2, "both steps by DeepSpeed, in that process"
