@@ -209,7 +209,10 @@ WRONG = {
         ("search", "space.yaml", "--out", "run"),
         ["run already exists", "--resume", "another --out"],
     ),
-    "file taken": (("search", "space.yaml", "--out", "space.yaml"), ["space.yaml already exists", "--out"]),
+    "file taken": (
+        ("search", "space.yaml", "--out", "space.yaml"),
+        ["space.yaml already exists", "no run folder"],
+    ),
     "nothing to resume": ((*SEARCH, "--resume"), ["new", "not a run folder"]),
     "resumed differently": (
         ("search", "space.yaml", "--out", "run", "--resume", "--seed", "7"),

@@ -329,6 +329,7 @@ def test_a_module_reached_by_two_names_is_loaded_once(tmp_path, monkeypatch):
         ("scorer", "builtin/jiont", "did you mean 'builtin/joint'?"),
         ("scorer", "other/joint", "unknown scorer 'other/joint'"),
         ("aggregator", "joint", "unknown aggregator 'joint' (available: bipartite, drop"),
+        ("cascade", "tome", "pip install ./plugins/NAME) or passed with --plugin"),
         ("scorers", "joint", "unknown kind 'scorers'; did you mean 'scorer'?"),
     ],
 )

@@ -211,6 +211,7 @@ class SpaceConfig(ComponentChoices):
     fewer_heads: Literal["fuse", "remove"] = "fuse"
     """New heads take the best channels of several old ones (UP-ViT), or the least important heads leave."""
     factorize: Factorization = "plain"
+    """How ranks are lowered: `plain` approximates the weights, `whitened` what the layers give on proxy images."""
 
 
 class Baseline(ComponentChoices):
@@ -228,6 +229,7 @@ class Baseline(ComponentChoices):
     weights: Literal["teacher", "random"] = "teacher"
     """What training starts from; `random` is the same architecture from scratch."""
     factorize: Factorization = "plain"
+    """As `space.factorize`, for this baseline alone."""
 
     @model_validator(mode="after")
     def _fixed(self) -> Baseline:
@@ -398,7 +400,10 @@ class TrainConfig(_Frozen):
     @model_validator(mode="after")
     def _length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either `epochs` or `steps`")
+            both = self.epochs is not None
+            raise ValueError(
+                "give either `epochs` or `steps`" + (", and set the other to null" if both else "")
+            )
         if self.engine == "torch" and (self.workers > 1 or self.zero_stage or self.deepspeed):
             raise ValueError("workers, zero_stage and deepspeed need engine: deepspeed")
         per_round = self.workers * self.gradient_accumulation

@@ -120,6 +120,8 @@ def left_text(status: Status) -> str:
         return "all trials are done"
     if status.left is None:
         return "time left is not known yet"
+    if status.state == "stopped" and not status.left and not status.more:
+        return "all trials are done, but the run was not ended here (--resume ends it)"
     if status.state == "stopped":
         return f"{'at least ' if status.more else 'about '}{duration(status.left)} to go with --resume"
     return f"{'at least ' if status.more else 'about '}{duration(status.left)} left"

@@ -314,6 +314,11 @@ class Plugins:
         near = did_you_mean(name, qualified if "/" in name else names)
         absent = "; ".join(_trouble(r) for r in self.records if r.status != "ok")
         note = f"; note that {absent}" if absent else ""
+        if not near:
+            note += (
+                "; more ship in the repository's plugins/ folder and are to be installed (pip install "
+                "./plugins/NAME) or passed with --plugin"
+            )
         return f"unknown {kind} {name!r}{near} (available: {', '.join(names)}){note}"
 
     def collision(self, kind: str, name: str, owners: Sequence[str]) -> str:

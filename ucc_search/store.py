@@ -137,6 +137,8 @@ class RunStore:
             )
         except OSError as error:
             raise RunError(f"{path}: cannot be read ({error.strerror}); choose another --out") from None
+        if taken and not (path / CONFIG).is_file():
+            raise RunError(f"{path} already exists and is no run folder; choose another --out")
         if taken:
             raise RunError(f"{path} already exists; continue it with --resume, or choose another --out")
 
