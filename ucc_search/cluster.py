@@ -144,7 +144,7 @@ def _fit(node: Resources, cpus: int, gpus: float) -> int:
 
 
 def _quiet_ray() -> None:
-    """Ray prints its own tables and warnings even at verbosity 0; the run has its own lines."""
+    """Ray's defaults that do not suit a run: tables and warnings beside its own lines, workers that give way."""
     settings = {
         "RAY_AIR_NEW_OUTPUT": "0",
         "RAY_DEDUP_LOGS": "0",
@@ -156,6 +156,8 @@ def _quiet_ray() -> None:
         "TUNE_GLOBAL_CHECKPOINT_S": "100000",
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
+        # Ray's own default of 15 lets workers starve beside any other work on the machine.
+        "RAY_worker_niceness": "0",
     }
     for key, value in settings.items():
         os.environ.setdefault(key, value)
