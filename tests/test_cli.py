@@ -431,3 +431,11 @@ def test_light_commands_answer_within_a_second(command, home):
         return time.perf_counter() - start
 
     assert min(seconds() for _ in range(5)) < 1.0
+
+
+def test_a_named_plugin_that_fails_is_warned_about(ucc, tmp_path):
+    plugin = tmp_path / "gone.py"
+    plugin.write_text("import nothing_here\n")
+    code, out, err = ucc("plan", "space.yaml", "--plugin", str(plugin), "--json")
+    assert code == 0 and json.loads(out)
+    assert "warning: plugin 'gone'" in err and "nothing_here" in err

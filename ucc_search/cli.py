@@ -114,7 +114,11 @@ def _plugins(
     from ucc_search.plugins import Plugins
 
     named = [*(config.plugins if config is not None else ()), *(extra or ())]
-    return Plugins.load(named, disabled=disabled or (), entry_points=not none, strict=strict)
+    plugins = Plugins.load(named, disabled=disabled or (), entry_points=not none, strict=strict)
+    for record in plugins.records if config is not None else ():
+        if record.status == "failed":
+            typer.echo(f"warning: plugin {record.name!r} ({record.origin}) failed: {record.error}", err=True)
+    return plugins
 
 
 def _echo(line: str) -> None:
