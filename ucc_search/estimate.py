@@ -20,12 +20,17 @@ def _file() -> Path:
 
 
 def speeds() -> dict[str, float]:
-    """Seconds per GMAC for each rung, from earlier runs on this machine; empty before the first."""
+    """Seconds per GMAC by `_key`, from earlier runs on this machine; empty before the first."""
     try:
         known = json.loads(_file().read_text(encoding="utf-8"))
         return {k: float(v) for k, v in known.items()}
     except (OSError, ValueError, AttributeError):
         return {}
+
+
+def _key(rung: str, config: RunConfig) -> str:
+    """Small models take longer for a MAC, so each model and data set has a speed of its own."""
+    return json.dumps([rung, config.model.name, dict(config.model.args), config.data.name], default=str)
 
 
 def remember(rows: Sequence[TrialRow], config: RunConfig) -> None:
@@ -38,7 +43,7 @@ def remember(rows: Sequence[TrialRow], config: RunConfig) -> None:
             if row.rung == rung and row.state == "ok" and row.origin != "dense"
         ]
         if measured:
-            known[rung] = statistics.median(measured)
+            known[_key(rung, config)] = statistics.median(measured)
     if known:
         _file().parent.mkdir(parents=True, exist_ok=True)
         _file().write_text(json.dumps(known), encoding="utf-8")
@@ -59,7 +64,8 @@ def seconds(config: RunConfig, dense_macs: int, train_images: int) -> float | No
     for rung, count in _counts(config):
         if not count:
             continue
-        if rung.rung not in known:
+        speed = known.get(_key(rung.rung, config))
+        if speed is None:
             return None
         steps = rung.stop(config.train, train_images)
         images = count * _images(rung.rung, steps, config)
@@ -67,7 +73,7 @@ def seconds(config: RunConfig, dense_macs: int, train_images: int) -> float | No
             images -= count // len(rung.seeds) * _images(rung.rung, behind, config)
         behind = steps
         # On average a candidate costs about half of the dense model.
-        total += known[rung.rung] * 0.5 * dense_macs * images / 1e9
+        total += speed * 0.5 * dense_macs * images / 1e9
     return total / (config.search.concurrency or os.cpu_count() or 1)
 
 
