@@ -85,6 +85,7 @@ def summary(item: Any) -> str:
 
 def space_file() -> str:
     from ucc_search import config
+    from ucc_search.config.loading import models_in
 
     parts = [
         "# The space file",
@@ -96,7 +97,7 @@ def space_file() -> str:
     while queue:
         cls = queue.pop(0)
         for name, field in cls.model_fields.items():
-            for nested in config._models_in(field.annotation):
+            for nested in models_in(field.annotation):
                 prefix = places[cls][0]
                 if nested not in places:
                     places[nested] = []
@@ -109,7 +110,7 @@ def space_file() -> str:
 
 
 def _keys(cls: Any) -> str:
-    from ucc_search import config
+    from ucc_search.config.loading import models_in
 
     declared = {}
     for base in reversed(cls.__mro__):
@@ -119,7 +120,7 @@ def _keys(cls: Any) -> str:
     for name, (kind, value, text) in declared.items():
         if name == "model_config":
             continue
-        nested = config._models_in(cls.model_fields[name].annotation)
+        nested = models_in(cls.model_fields[name].annotation)
         meaning = text or (summary(nested[0]) if nested else "")
         rows.append((f"`{name}`", f"`{_kind(kind)}`", _default(value), _bounds(value, meaning)))
     return table(("key", "type", "default", "meaning"), rows)
