@@ -21,8 +21,10 @@ def image_slices(like_BX: Tensor, bytes_each: int) -> list[slice]:
     """
     if like_BX.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return [slice(None)]
-    step = max(1, CACHE_BYTES // bytes_each)
-    return [slice(i, i + step) for i in range(0, like_BX.shape[0], step)]
+    images = max(1, like_BX.shape[0])
+    most = max(1, CACHE_BYTES // bytes_each)
+    step = -(-images // -(-images // most))  # slices of one size
+    return [slice(i, i + step) for i in range(0, images, step)]
 
 
 def flat_rows(index_BR: Tensor, count: int, offset: int = 0) -> Tensor:

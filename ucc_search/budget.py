@@ -15,6 +15,8 @@ from ucc_search.units import format_macs, format_params, parse_amount
 from ucc_search.widths import Ratios, Widths
 
 Profile = Callable[[float], Sequence[float]]
+_FULL = 0.995
+"""A plan that uses this share of the MACs is not worth a further cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,8 @@ def project(
     One strength moves tokens and widths together. It is bisected to where the rounded plan first
     fits. What is left of the budget is then spent on single steps of width, those that keep least
     first, and after them token by token, in the order in which the family itself would give tokens
-    back, until nothing fits any more. The result is a pure function of its arguments; a larger
+    back, until nothing fits any more; blocks that keep equally many get their token together, unless
+    more than 0.5 % of the MACs would stay unused (see `_fill`). The result is a pure function of its arguments; a larger
     budget never gives a cheaper plan, and projecting the result's own ratios again gives the result.
 
     Args:
@@ -173,6 +176,8 @@ def project(
         # Tokens given back may end a cut, and what scoring it cost pays for another step of width.
         before = found
         found = _fill(_widen(found, widths, fits) if widths else found, real, fits)
+        if budget.max_macs is None or price(found).macs < _FULL * budget.max_macs:
+            found = _fill(found, real, fits, split=True)
     return found.replace()  # checked
 
 
@@ -252,12 +257,17 @@ def whole_tokens(real: Sequence[float], most: int) -> list[int]:
 
 
 def _fill(
-    plan: CompressionPlan, real: Sequence[float], fits: Callable[[CompressionPlan], bool]
+    plan: CompressionPlan,
+    real: Sequence[float],
+    fits: Callable[[CompressionPlan], bool],
+    *,
+    split: bool = False,
 ) -> CompressionPlan:
     """Give tokens back while any fit; first where the family is nearest to one more.
 
-    A token goes to one block, or to a whole run of blocks that keep equally many: in the first case
-    the run is split, and scoring at the new cut may cost more than the token itself.
+    A token goes to a whole run of blocks that keep equally many. With `split` it may also go to the first
+    of them alone: that spends more of the budget, but opens one more place where tokens are scored and cut,
+    which takes time that no MAC counts.
     """
     last = plan.shape.depth
     grew = True
@@ -265,7 +275,8 @@ def _fill(
         grew = False
         now = plan.tokens
         for first in sorted(range(last), key=lambda i: (now[i] - real[i], -i)):
-            for end in (first + 1, _end_of_run(plan.tokens, first, last)):
+            run = _end_of_run(plan.tokens, first, last)
+            for end in (first + 1, run) if split else (run,):
                 candidate = _one_more(plan, first, end)
                 if candidate is not None and fits(candidate):
                     plan, grew = candidate, True

@@ -95,8 +95,9 @@ class Spectral(Scorer):
     def macs(self, site: Site) -> int:
         """A forward and an inverse complex FFT, see `fft_macs`.
 
-        The forward one is real in fact, a quarter less of the whole; short axes, single images and traced models
-        multiply by the filter's matrix instead, which is more MACs in less time.
+        The forward one is real in fact, a quarter less of the whole; a filter that reaches few neighbours (as the
+        default does), short axes, single images and traced models multiply by the filter's matrix instead, which
+        is more MACs in less time.
         """
         if self.sign == "high":
             return 0
