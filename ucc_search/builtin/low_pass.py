@@ -152,7 +152,7 @@ class LowPassEnergy(nn.Module):
             energy_BN = torch.stack([s.sum(dim=1) for s in low_pass(z_BND.transpose(1, 2))]).sum(dim=0)
         else:
             energy_BN = torch.cat([s.sum(dim=-1) for s in low_pass(z_BND)], dim=1)
-        whole_B1 = z_BND.abs().sum(dim=(1, 2))[:, None] / z_BND.shape[1]
+        whole_B1 = torch.linalg.vector_norm(z_BND, 1, dim=(1, 2))[:, None] / z_BND.shape[1]
         return energy_BN / whole_B1.clamp_min(_TINY)
 
     def _filter(self, z_BND: Tensor, grid: tuple[int, int]) -> LowPass:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
 from timm.models.pvt_v2 import Attention as PyramidDense
@@ -109,10 +110,16 @@ class CompressedAttention(nn.Module):
         mixed_BQHV = v_BHTV.new_empty(batch, queries, heads, width)  # as the projection reads it
         received, class_row = (v_BHTV.new_empty(batch, heads, keys) for _ in range(2))
         for s in slices:
-            bias = None if bias_B11T is None else bias_B11T[s]
-            attn, mixed = self._attend(q_BHQK[s], k_BHTK[s], v_BHTV[s], bias)
-            mixed_BQHV[s] = mixed.transpose(1, 2)
-            received[s], class_row[s] = attn.mean(dim=2), attn[:, :, 0]
+            q, k, v = (t[s].flatten(0, 1) for t in (q_BHQK, k_BHTK, v_BHTV))
+            if bias_B11T is None:
+                attn = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=self.scale)
+            else:
+                bias = bias_B11T[s].expand(-1, heads, -1, -1).flatten(0, 1)
+                attn = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=self.scale)
+            torch.softmax(attn, dim=-1, out=attn)
+            mixed_BQHV[s] = (self.attn_drop(attn) @ v).unflatten(0, (-1, heads)).transpose(1, 2)
+            map_BHQT = attn.unflatten(0, (-1, heads))
+            received[s], class_row[s] = map_BHQT.mean(dim=2), map_BHQT[:, :, 0]
         return mixed_BQHV.transpose(1, 2), received, class_row
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
