@@ -91,7 +91,7 @@ def _reach(kernel: Tensor) -> tuple[int, int]:
         taps = kernel.abs()[torch.minimum(away, places - away).argsort(stable=True)]  # nearest first
         reach = int((taps.flip(0).cumsum(0) >= _TAIL).sum()) // 2
         step = -(-places // -(-places // _WINDOW))
-        if 0 < reach and step + 2 * reach < places:
+        if reach > 0 and step + 2 * reach < places:
             return reach, step
     return 0, places
 
