@@ -26,8 +26,9 @@ check: $(VENV)/.installed  ## lint, types and the default tests
 bench: $(VENV)/.installed  ## what a trial costs beyond its own forward passes
 	$(BIN)/python benchmarks/trial_overhead.py
 
-docs: $(VENV)/.installed  ## the pages that are written from the code
+docs: $(VENV)/.installed  ## what is written from the code and the results
 	$(BIN)/python docs/make_reference.py
+	$(BIN)/python docs/make_headline.py
 
 clean:
 	rm -rf $(VENV) runs

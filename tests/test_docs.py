@@ -26,8 +26,8 @@ TUTORIALS = ("tutorial-search.md", "tutorial-results.md")
 RUN_MADE_HERE = "runs/tutorial"
 
 
-def load_generator():
-    spec = importlib.util.spec_from_file_location("make_reference", DOCS / "make_reference.py")
+def load_generator(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -35,7 +35,7 @@ def load_generator():
     return module
 
 
-generator = load_generator()
+generator, headline = load_generator("make_reference"), load_generator("make_headline")
 
 
 def prose(page: Path) -> str:
@@ -48,6 +48,10 @@ def anchors(page: Path) -> set[str]:
     """As GitHub makes them from headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def test_the_readme_says_what_was_measured():
+    assert headline.README.read_text(encoding="utf-8") == headline.readme(), "run make docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -1,0 +1,97 @@
+"""Write what was measured into the README, from the files under `results/`: `make docs`. A test holds the text to them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ucc_search import load_run
+from ucc_search.spread import standings
+
+ROOT = Path(__file__).resolve().parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "results"
+MARKS = ("<!-- measured: written by docs/make_headline.py -->\n", "<!-- /measured -->")
+METHODS = {"random": "plain random", "tpe": "plain TPE", "random-projected": "random on the budget"}
+SPACES = {"tokens": "tokens", "tokens-widths": "tokens and widths"}
+
+
+def readme() -> str:
+    """The README with the measured lines between its marks."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
+    lines = [*search(), *quality(), *speed(), *faults()]
+    text = "".join(f"- {line}\n" for line in lines)
+    return f"{before}{MARKS[0]}{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+
+
+def search() -> list[str]:
+    """Best KL after so many trials, median over the seeds."""
+    folder = RESULTS / "search-benchmark"
+    rows = [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
+    hand = read(folder / "hand.json")
+    found = []
+    for space, words in SPACES.items():
+
+        def after(method: str, trials: int, space: str = space) -> float:
+            runs = [r["values"] for r in rows if (r["space"], r["method"]) == (space, method)]
+            return statistics.median(
+                min(v for v in r[:trials] if v is not None) for r in runs if len(r) >= trials
+            )
+
+        others = ", ".join(f"{name} {after(method, 200):.3f}" for method, name in METHODS.items())
+        found.append(
+            f"**Search of {words}** at 50 % of the MACs (KL to the teacher without training, lower is better): ours "
+            f"{after('shell', 50):.3f} after 50 trials and {after('shell', 100):.3f} after 100; after 200 {others}; "
+            f"the best schedule by hand {min(hand[space].values()):.3f}."
+        )
+    return found
+
+
+def quality() -> list[str]:
+    """The shipped run in which all three methods meet."""
+    found = standings(load_run(RESULTS / "fashion-mnist-all-three").rows)
+    best, *others = found
+    level = ", ".join(f"{s.method} {100 * s.accuracy:.1f}" for s in others if s.verdict == "not told apart")
+    behind = ", ".join(f"{s.method} {100 * s.accuracy:.1f}" for s in others if s.verdict == "behind")
+    return [
+        f"**All three methods in one plan**, Fashion-MNIST at {best.target.removeprefix('macs=')} of the MACs, % accuracy "
+        f"on the selection images: searched {100 * best.accuracy:.1f}; not told apart: {level}; behind: {behind}."
+    ]
+
+
+def speed() -> list[str]:
+    """Of UCC in three stages beside its MAC ratio."""
+    measured = read(RESULTS / "speed.json")["measured"]
+    found = []
+    for key in ("32@63%", "32@46%"):
+        dense, ours = measured[key]["dense"], measured[key]["UCC, three stages"]
+        ratio = statistics.median(a / b for a, b in zip(dense["seconds"], ours["seconds"], strict=True))
+        share = key.partition("@")[2].removesuffix("%")
+        found.append(
+            f"{ratio:.2f} times at {share} % of the MACs (whose ratio is {dense['macs'] / ours['macs']:.2f})"
+        )
+    return [f"**Speed-up of DeiT-S** by UCC on a CPU, batch 32, fused attention: {', '.join(found)}."]
+
+
+def faults() -> list[str]:
+    """Of the search that was killed at random instants."""
+    found = read(RESULTS / "chaos.json")
+    kills = " and ".join(f"the {what} {count} times" for what, count in found["kills"].items())
+    same = "the same front as" if found["same_front"] else "another front than"
+    once = "each trial once" if found["once"] else "trials lost or repeated"
+    return [
+        f"**Killed** ({kills}, by kill -9) and resumed: {found['trials_killed']} trials, {once}, {same} the unkilled run."
+    ]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    README.write_text(readme(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
