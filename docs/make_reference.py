@@ -213,8 +213,9 @@ def commands() -> str:
 
     parts = [
         "# Commands",
-        "Exit codes: 0 done; 1 the run finished with no usable trial; 2 the input is wrong (one sentence says what); "
-        "3 interrupted, `--resume` goes on. `ucc-search COMMAND --help` says the same as this page.",
+        "Exit codes: 0 done; 1 the run finished with no usable trial, or every trial of its search failed (one "
+        "sentence says how); 2 the input is wrong (one sentence says what); 130 interrupted (Ctrl-C) and 143 "
+        "terminated (SIGTERM), `--resume` goes on. `ucc-search COMMAND --help` says the same as this page.",
     ]
     for name, command in _walk(get_command(app), "ucc-search"):
         parts += [f"## {name}", inspect.cleandoc(command.help or "")]

@@ -224,6 +224,23 @@ def test_failures_are_counted_by_class():
     assert analysis.failures_by_class(rows) == {"b": 2, "a": 1, "error": 1}
 
 
+@pytest.mark.parametrize(
+    ("rows", "lost"),
+    [
+        ([zero_shot(0)], []),
+        ([], []),
+        ([row(0, origin="baseline")], []),
+        ([zero_shot(0, state="failed"), row(1, origin="baseline")], [0]),
+        ([zero_shot(0), row(1, state="failed"), row(2, state="failed"), row(3, origin="baseline")], [1, 2]),
+        ([zero_shot(0), row(1, state="failed"), row(2), row(3, origin="baseline")], []),
+        ([zero_shot(0), zero_shot(1, state="failed"), row(2, origin="baseline")], []),
+        ([row(0, state="stopped", fidelity=10), row(1, state="failed"), row(2, origin="baseline")], [1]),
+    ],
+)
+def test_a_search_is_lost_where_none_of_its_trials_stands_beside_the_baselines(rows, lost):
+    assert [r.id for r in analysis.lost_search(rows)] == lost
+
+
 def test_rank_correlation_pairs_parents_and_baselines():
     kls, accuracies = [0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.85, 0.7]
     cheap = [zero_shot(i, kl=kl) for i, kl in enumerate(kls)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config
+from tiny import tiny_config, write_space
 
 from ucc_search.analysis import failures_by_class
 from ucc_search.runner import search
@@ -141,3 +144,57 @@ def test_a_run_killed_at_twenty_instants_ends_as_one_left_in_peace(tmp_path):
     assert summary["once"] and summary["same_rows"] and summary["same_front"]
     assert summary["failed"] == 0
     assert summary["front"]
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize(
+    ("number", "to_all"),
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)],
+    ids=["terminated", "interrupted", "Ctrl-C in a terminal"],
+)
+def test_a_stopped_command_says_how_to_go_on_and_leaves_nothing_running(tmp_path, number, to_all, executor):
+    """A terminal sends Ctrl-C to all processes of the command, not to the first alone."""
+    settings = {"trials": 200, "promote": 0, "executor": executor, "trial_timeout": 300}
+    space = write_space(tmp_path, search=settings)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "ucc_search", "search", str(space), "--out", str(out)]
+    environment = {**os.environ, "CHAOS_MARK": str(out)}
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment,
+    )
+    record = out / "trials.jsonl"
+    while process.poll() is None and not (record.exists() and record.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.02)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 128 + number, told
+    assert told == f"stopped; continue with --resume --out {out}\n"
+    assert patiently(lambda: not marked(str(out)))
+    rows = RunStore.open(out).rows()
+    assert len({r.id for r in rows}) == len(rows) >= 3
+    assert all(r.state == "ok" for r in rows)
+    assert (out / "trials.csv").is_file()
+
+
+def marked(mark: str) -> list[str]:
+    """Command lines of the processes with this mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"CHAOS_MARK={mark}".encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue  # it ended while we looked, or is somebody else's
+    return found
+
+
+def patiently(holds) -> bool:
+    deadline = time.monotonic() + 20
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return holds()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -82,8 +83,15 @@ def garbage(folder: Path) -> None:
     (folder / "control.yaml").write_text("name: '\x07'\n", encoding="utf-8")
     (folder / "list.yaml").write_text("- a\n- b\n", encoding="utf-8")
     (folder / "empty").mkdir(exist_ok=True)
+    (folder / "shape.py").write_text("class Shape: pass\n", encoding="utf-8")
+    (folder / "unhooked.py").write_text(UNHOOKED, encoding="utf-8")
 
 
+UNHOOKED = """from ucc_search import Scorer
+class Mine(Scorer):
+    def score(self, view):
+        return view.patches_BND.norm(dim=-1)
+"""
 SEARCH = ("search", "space.yaml", "--out", "new")
 SWIN = ("model.name=swin_tiny_patch4_window7_224", "model.args={}", "model.checkpoint=null")
 
@@ -103,7 +111,8 @@ WRONG = {
         ["unknown scorer 'spectrl'", "did you mean 'spectral'?"],
     ),
     "missing space": (("search", "spcae.yaml", "--out", "new"), ["spcae.yaml", "did you mean 'space.yaml'"]),
-    "folder as space": (("plan", "empty"), ["empty", "cannot be read", "YAML file"]),
+    "folder as space": (("plan", "empty"), ["empty", "is a folder", "space file (YAML)"]),
+    "run as space": (("sensitivity", "run"), ["run: is a folder", "run/config.resolved.yaml"]),
     "YAML syntax": (("plan", "torn.yaml"), ["torn.yaml", "not valid YAML at line 2, column 6"]),
     "YAML control": (("plan", "control.yaml"), ["control.yaml", "not valid YAML"]),
     "YAML list": (("plan", "list.yaml"), ["list.yaml", "expected a mapping", "model, data, budget"]),
@@ -223,6 +232,23 @@ WRONG = {
     "info misspelt": (("plugins", "info", "jiont"), ["nothing is called 'jiont'", "did you mean 'joint'?"]),
     "validate nothing": (("plugins", "validate", "--no-plugins"), ["nothing to validate", "--plugin"]),
     "validate no file": (("plugins", "validate", "--plugin", "absent.py"), ["absent.py", "no such .py file"]),
+    "validate a file as a name": (("plugins", "validate", "shape.py"), ["'shape.py'", "--plugin shape.py"]),
+    "validate no plugin": (
+        ("plugins", "validate", "--plugin", "shape.py"),
+        ["shape.py holds no component", "plugins new NAME --kind KIND", "scorer, aggregator"],
+    ),
+    "validate no hook": (
+        ("plugins", "validate", "--plugin", "unhooked.py"),
+        ["unhooked.py holds the scorer Mine", "@hookimpl def ucc_scorers()", "{'mine': Mine}"],
+    ),
+    "validate another kind": (
+        ("plugins", "validate", "--plugin", "unhooked.py", "aggregator:mine"),
+        ["nothing is called 'aggregator:mine'", "unhooked.py holds the scorer Mine"],
+    ),
+    "new with the kind as a word": (
+        ("plugins", "new", "scorer", "mine"),
+        ["one name, got 'scorer' and 'mine'", "plugins new mine --kind scorer"],
+    ),
     "new of no kind": (("plugins", "new", "x", "--kind", "scoer"), ["did you mean 'scorer'?", "kinds:"]),
     "disabled misspelt": (("plugins", "list", "--disable-plugin", "biultin"), ["did you mean 'builtin'?"]),
     "data set of no plugin": (sets("data.name=plugin:mine"), ["unknown dataset 'mine'"]),
@@ -300,7 +326,7 @@ def test_misused_options_are_wrong_input_too(arguments, expected, home, ucc):
 
 
 def test_an_interrupt_is_reported_as_one(home, ucc, monkeypatch, tmp_path):
-    """Exit code 3 tells scripts that the same command may go on later."""
+    """Exit codes 130 and 143 tell scripts that the same command may go on later."""
     from ucc_search import runner, worker
 
     def stop(*arguments, **options):
@@ -309,15 +335,25 @@ def test_an_interrupt_is_reported_as_one(home, ucc, monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "measure", stop)
     folder = tmp_path / "stopped"
     code, _, err = ucc("search", "space.yaml", "--out", str(folder))
-    assert (code, err) == (3, f"stopped; continue with --resume --out {folder}\n")
+    assert (code, err) == (130, f"stopped; continue with --resume --out {folder}\n")
+
+    def terminate(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(worker, "measure", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    code, _, err = ucc("search", "space.yaml", "--out", str(folder), "--resume")
+    assert (code, err) == (143, f"stopped; continue with --resume --out {folder}\n")
+    assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.setattr(runner, "_prepare_teacher", stop)
     code, _, err = ucc("search", "space.yaml", "--out", str(tmp_path / "never"))
-    assert code == 3
+    assert code == 130
     assert "nothing was written" in err
     assert not (tmp_path / "never").exists()
 
 
-def test_a_run_without_a_usable_trial_ends_in_1(ucc, tmp_path):
+@pytest.mark.parametrize("baselines", [False, True], ids=["nothing worked", "baselines worked"])
+def test_a_search_that_failed_as_a_whole_ends_in_1_and_says_how(baselines, ucc, tmp_path):
     plugin = tmp_path / "broken.py"
     plugin.write_text(
         "from ucc_search import Scorer, hookimpl\n"
@@ -330,10 +366,16 @@ def test_a_run_without_a_usable_trial_ends_in_1(ucc, tmp_path):
         encoding="utf-8",
     )
     options = ("--plugin", str(plugin), "--set", "space.scorer=broken", "--budget", "macs=50%")
-    code, out, _ = ucc("search", "space.yaml", "--out", str(tmp_path / "run"), *options)
+    fixed = ("--set", "baselines=[{name: fixed}]") if baselines else ()
+    code, out, err = ucc("search", "space.yaml", "--out", str(tmp_path / "run"), *options, *fixed)
     assert code == 1
-    assert "No usable trial yet" in out
+    assert ("No usable trial yet" in out) is not baselines
     assert "RuntimeError: boom" in out
+    sentence = "error: every trial of the search failed on the zero-shot rung (4), all with error; trial "
+    assert err.startswith(sentence)
+    assert "RuntimeError: boom" in err
+    assert "another --out" in err
+    assert err.count("\n") == 1
 
 
 # What comes out

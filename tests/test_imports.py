@@ -20,7 +20,7 @@ LIGHT = [
     *("space", "budget", "schedule", "shapes", "store", "environment", "analysis", "estimate", "preview"),
     *("tables", "cli", "strength", "widths", "progress", "parcel", "checkpoints", "timing", "status"),
     *("spread", "influence", "comparison", "report", "live"),
-    *("observers", "plugin_checks", "plugin_sources"),
+    *("observers", "plugin_checks", "plugin_sources", "stopping"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""
 

@@ -40,7 +40,7 @@ def test_rows_come_back_as_they_went(store):
     assert store.rows() == rows
 
 
-@pytest.mark.parametrize("torn", [b'{"id": 1, "sta', b'{"id": 1}', b"\0\0\0\0", b'{"id": 1, "st\n'])
+@pytest.mark.parametrize("torn", [b'{"id": 1, "sta', b'{"id": 1}', b"\0\0\0\0"])
 def test_torn_last_line_is_ignored_then_overwritten(store, torn):
     store.append(row(0))
     with open(store.path / "trials.jsonl", "ab") as file:
@@ -59,9 +59,28 @@ def test_damage_in_the_middle_is_named_and_loses_nothing(store):
     damaged = "".join([lines[0], lines[1][:40] + "\n", lines[2]])
     path.write_text(damaged)
     for use in (store.rows, lambda: store.append(row(3))):
-        with pytest.raises(RunError, match="line 2 is damaged"):
+        with pytest.raises(
+            RunError, match=r"line 2 of 3 cannot be read; .* other 2 are whole.*delete line 2"
+        ):
             use()
     assert path.read_text() == damaged
+    # What a kill tears has no end.
+    for rubbish, named in (("{\n", "line 1 of 1 "), ("{\n{}\n[\n", "lines 1, 3 of 3 ")):
+        path.write_text(rubbish)
+        with pytest.raises(RunError, match=named):
+            store.rows()
+
+
+def test_a_record_that_is_gone_is_no_run_without_trials(store):
+    assert store.rows() == []
+    (store.path / "trials.jsonl").unlink()
+    (store.path / "trials" / "0").mkdir(parents=True)
+    for use in (store.rows, lambda: store.append(row(0)), Run(store.path).summary):
+        with pytest.raises(
+            RunError, match=r"trials.jsonl is missing.*folders of 1 trials are left.*from a copy"
+        ):
+            use()
+    assert not (store.path / "trials.jsonl").exists()
 
 
 def test_records_are_read_once_however_many_are_appended(store, monkeypatch):
@@ -128,7 +147,7 @@ def test_a_folder_that_was_never_finished_is_taken_over(tmp_path):
 
 def test_line_without_required_keys_is_named(store):
     (store.path / "trials.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(RunError, match="line 1 is not a trial"):
+    with pytest.raises(RunError, match="line 1 of 1 is not a trial"):
         store.rows()
 
 

@@ -340,6 +340,18 @@ def failure_classes(rows: Sequence[TrialRow]) -> list[FailureClass]:
     return [FailureClass(name, counts[name], row.id, row.error) for name, row in first.items()]
 
 
+def lost_search(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """The search's failed trials where not one can stand beside the baselines; empty if some trial can.
+
+    They are those of the rung that the tables show, or all where none got so far.
+    """
+    shown = usable(rows)
+    searched = [r for r in rows if r.origin == "search"]
+    levels = {(r.rung, r.fidelity) for r in shown}
+    there = [r for r in searched if (r.rung, r.fidelity) in levels] or searched
+    return there if all(r.state == "failed" for r in there) else []
+
+
 @dataclass(frozen=True, slots=True)
 class RankCorrelation:
     """Spearman correlation of the quality on a cheap rung with that on a dearer one.

@@ -10,10 +10,9 @@ from typing import Any
 from ucc_search.errors import ModelError, RunError
 from ucc_search.plan import CompressionPlan
 from ucc_search.runs import Run
-from ucc_search.store import TrialRow
+from ucc_search.store import CONFIG, TrialRow
 
 ARCH = "arch.json"
-TRIALS = "trials.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +44,15 @@ def find_artifact(source: str | Path, trial: int | None = None) -> Artifact:
         ModelError: no saved model there.
     """
     source = Path(source)
-    if (source / TRIALS).is_file():
+    if (source / CONFIG).is_file():
         return _of_trial(source, trial)
     if trial is not None:
-        raise RunError(f"{source}: no {TRIALS}, so no run folder; leave --trial out or give a run folder")
+        raise RunError(f"{source}: no {CONFIG}, so no run folder; leave --trial out or give a run folder")
     arch = _read_arch(
         source, f"{source}: no {ARCH}; give a run folder with --trial, or a saved model's folder"
     )
     run_folder = source.resolve().parent.parent
-    if source.resolve().parent.name == "trials" and (run_folder / TRIALS).is_file():
+    if source.resolve().parent.name == "trials" and (run_folder / CONFIG).is_file():
         run = Run(run_folder)
         return Artifact(source, arch, run, next((r for r in run.rows if str(r.id) == source.name), None))
     return Artifact(source, arch)

@@ -52,7 +52,11 @@ app.add_typer(plugins_app, name="plugins")
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 no usable trial, 2 the input is wrong, 3 interrupted."""
+    """Entry point.
+
+    Exit codes: 0 done, 1 no usable trial or the whole search failed, 2 the input is wrong, 130 interrupted
+    (Ctrl-C), 143 terminated (SIGTERM).
+    """
     try:
         app()
     except UserError as error:
@@ -130,25 +134,29 @@ def _run(config: Any, plugins: Any, out: Path | None, resume: bool) -> None:
     from rich.console import Console
 
     from ucc_search.live import LiveView
-    from ucc_search.runner import Interrupted, exit_code
+    from ucc_search.runner import Interrupted, exit_code, lost_text
     from ucc_search.runner import search as run_search
+    from ucc_search.stopping import stoppable
     from ucc_search.tables import print_analysis
 
     view = LiveView(Console())
-    try:
-        run = run_search(config, out=out, resume=resume, plugins=plugins, log=view.log, view=view)
-    except Interrupted as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(3) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted before the first trial; nothing was written, run it again", err=True)
-        raise typer.Exit(3) from None
-    finally:
-        view.close()
+    with stoppable() as stop:
+        try:
+            run = run_search(config, out=out, resume=resume, plugins=plugins, log=view.log, view=view)
+        except Interrupted as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(stop.status) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted before the first trial; nothing was written, run it again", err=True)
+            raise typer.Exit(stop.status) from None
+        finally:
+            view.close()
     print_analysis(run, Console())
     with open(run.path / "analysis.txt", "w", encoding="utf-8") as file:
         print_analysis(run, Console(file=file, width=160))
     _report_of(run)
+    if (lost := lost_text(run)) is not None:
+        typer.echo(f"error: {lost}", err=True)
     raise typer.Exit(exit_code(run))
 
 
@@ -454,7 +462,7 @@ def importance(
         found = score_units(config, plugins, log=lambda line: typer.echo(line, err=True))
     except KeyboardInterrupt:
         typer.echo("interrupted; what was scored is kept, run it again to go on", err=True)
-        raise typer.Exit(3) from None
+        raise typer.Exit(130) from None
     typer.echo(json.dumps(found, indent=1) if as_json else scores_text(found))
 
 
@@ -584,8 +592,9 @@ def hooks() -> None:
     typer.echo(hook_table())
 
 
-@plugins_app.command("new")
+@plugins_app.command("new", context_settings={"allow_extra_args": True})
 def new(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="The component's name: my_score.", show_default=False)],
     kind: Annotated[str, typer.Option(help="scorer, aggregator, cascade, distiller, ...")] = "scorer",
     out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("."),
@@ -594,8 +603,9 @@ def new(
     ] = False,
 ) -> None:
     """Write a plugin that works, to be changed: one file, or a package."""
-    from ucc_search.scaffold import new_plugin
+    from ucc_search.scaffold import new_plugin, one_name
 
+    one_name(name, context.args)
     files = new_plugin(kind, name, out, package=package)
     for path in files:
         typer.echo(f"wrote {path}")

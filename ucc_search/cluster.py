@@ -14,6 +14,7 @@ import ray
 from ucc_search.config import RunConfig
 from ucc_search.errors import ClusterError
 from ucc_search.shapes import cache_folder
+from ucc_search.stopping import keeping
 
 Resources = Mapping[str, float]
 """What a node has in all: `CPU`, `GPU` and others."""
@@ -45,15 +46,14 @@ def connected(address: str | None) -> Iterator[None]:
         return
     address = check_address(address)
     try:
-        if address is not None:
-            with _elsewhere():
+        with _elsewhere(), keeping():
+            if address is not None:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            with _elsewhere():
+            else:
                 ray.init(
                     address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
                 )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises whatever it likes: a slow start is a plain Exception
         where = f"no Ray cluster can be used at {address!r}" if address else "Ray cannot be started here"
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(f"{where} ({reason}); set search.executor: local to do without") from None

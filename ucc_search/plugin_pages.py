@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -90,10 +91,36 @@ def components_named(plugins: Plugins, name: str) -> list[tuple[str, str]]:
         raise PluginError(
             f"plugin {broken.name!r} ({broken.origin}) is {broken.status}: {broken.error or 'by option'}"
         )
+    if Path(name).exists() or name.endswith(".py"):
+        raise PluginError(f"{name!r} is a file, not a component's name; name it with --plugin {name}")
     known = [r.name for r in plugins.records] + [n for each in kinds for n in plugins.offers(each)]
     raise PluginError(
-        f"nothing is called {name!r}{did_you_mean(bare, known)} (see ucc-search plugins list; "
-        "a file is named with --plugin)"
+        f"nothing is called {name!r}{did_you_mean(bare, known)} (see ucc-search plugins list){_named(plugins)}"
+    )
+
+
+def _named(plugins: Plugins) -> str:
+    """What the plugins that were named offer, for a user who looks for something else in them."""
+    named = [r for r in plugins.records if r.status == "ok" and r.name != BUILTIN and not r.installed]
+    return "".join(f"; {_offered(plugins, record)}" for record in named)
+
+
+def _offered(plugins: Plugins, record: PluginRecord) -> str:
+    kinds = {hook: kind for kind, hook in HOOKS.items()}
+    offers = [f"{kinds[hook]} {name!r}" for hook, names in record.provides.items() for name in names]
+    if offers:
+        return f"{record.origin} offers {', '.join(offers)}"
+    unused = plugins.unused(record)
+    if not unused:
+        return (
+            f"{record.origin} holds no component and no hook; ucc-search plugins new NAME --kind KIND writes a file "
+            f"with both (kinds: {', '.join(HOOKS)})"
+        )
+    kind, cls = unused[0]
+    found = ", ".join(f"the {kind} {cls}" for kind, cls in unused)
+    return (
+        f"{record.origin} holds {found}, but no hook that offers it; expected a function "
+        f"`@hookimpl def {HOOKS[kind]}(): return {{{cls.lower()!r}: {cls}}}` beside it"
     )
 
 
@@ -174,7 +201,8 @@ def validate(plugins: Plugins, names: Sequence[str], params: Mapping[str, Any]) 
         ]
     if not wanted and not broken:
         raise PluginError(
-            "there is nothing to validate; name a component (ucc-search plugins list) or a file (--plugin FILE)"
+            "there is nothing to validate"
+            + (_named(plugins) or "; name a component (ucc-search plugins list) or a file (--plugin FILE)")
         )
     return [*map(_unloaded, broken), *(_validated(plugins, kind, name, params) for kind, name in wanted)]
 

@@ -267,6 +267,12 @@ class Plugins:
             if hook not in HOOKS.values() and not options.get("optionalhook"):
                 raise PluginError(f"there is no hook {hook!r}{did_you_mean(hook, HOOKS.values())}")
 
+    def unused(self, record: PluginRecord) -> list[tuple[str, str]]:
+        """(kind, class) of the components that a plugin's module defines; of use where its hooks offer none."""
+        module: Any = self._manager.get_plugin(record.name)
+        defined = [v for v in vars(module).values() if inspect.isclass(v) and v.__module__ == module.__name__]
+        return [(kind, c.__name__) for kind, base in BASES.items() for c in defined if issubclass(c, base)]
+
     @property
     def collisions(self) -> dict[str, dict[str, list[str]]]:
         """Component names that several plugins claim, by kind, each with these plugins' names."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ucc_search import estimate, supervisor
-from ucc_search.analysis import pareto_front, usable
+from ucc_search.analysis import failure_classes, lost_search, pareto_front, usable
 from ucc_search.binding import bind
 from ucc_search.campaign import Campaign, describe
 from ucc_search.checkpoints import remember_loaded, was_loaded
@@ -227,5 +227,20 @@ def _run_here(campaign: Campaign, parcel: Parcel, log: Log) -> None:
 
 
 def exit_code(run: Run) -> int:
-    """0 if the run has a usable trial, else 1; the uncompressed model is none."""
-    return 0 if usable(run.rows) else 1
+    """0 if the run has a usable trial and its search, if any, did not fail as a whole, else 1."""
+    rows = run.rows
+    return 0 if usable(rows) and not lost_search(rows) else 1
+
+
+def lost_text(run: Run) -> str | None:
+    """What became of a search of which every trial failed, and what to do."""
+    lost = lost_search(run.rows)
+    if not lost:
+        return None
+    worst, *others = failure_classes(lost)
+    how = f"most of them ({worst.trials})" if others else "all"
+    return (
+        f"every trial of the search failed on the {lost[0].rung} rung ({len(lost)}), {how} with {worst.failure}; "
+        f"trial {worst.first} says: {worst.error or 'nothing'}. Mend the cause and search again with another --out: "
+        "--resume does not measure failed trials again"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ucc_search.errors import PluginError, did_you_mean
@@ -251,6 +251,23 @@ _USES = {
     "family": "--set model.name=plugin:{component}",
     "metric": "--set budget.{component}=50%",
 }
+
+
+def one_name(name: str, more: Sequence[str]) -> None:
+    """Refuse further words after the name.
+
+    Raises:
+        PluginError: with the command that was probably meant.
+    """
+    if not more:
+        return
+    words = [name, *more]
+    kind = next((w for w in words if w in HOOKS), "KIND")
+    meant = next((w for w in words if w != kind), name)
+    raise PluginError(
+        f"plugins new takes one name, got {' and '.join(map(repr, words))}; the kind is an option: "
+        f"ucc-search plugins new {meant} --kind {kind}"
+    )
 
 
 def new_plugin(kind: str, name: str, folder: Path, *, package: bool) -> list[Path]:

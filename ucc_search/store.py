@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from ucc_search.config import RunConfig, dump_config, load_config
+from ucc_search.config import RESOLVED, RunConfig, dump_config, load_config
 from ucc_search.errors import RunError, did_you_mean
 from ucc_search.plan import CompressionPlan
 
-CONFIG, ENVIRONMENT, TRIALS = "config.resolved.yaml", "environment.json", "trials.jsonl"
+CONFIG, ENVIRONMENT, TRIALS = RESOLVED, "environment.json", "trials.jsonl"
 JOB = "job.json"
 """In a trial's folder: what its worker was given, to measure it again."""
 MAY_CHANGE = (
@@ -121,6 +121,7 @@ class RunStore:
         try:
             path.mkdir(parents=True, exist_ok=True)
             replace_text(path / ENVIRONMENT, _json(environment, indent=1) + "\n")
+            (path / TRIALS).touch()  # a run without one has lost it
             replace_text(path / CONFIG, dump_config(config))  # last: it is what makes the folder a run
         except OSError as error:
             raise RunError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
@@ -131,7 +132,7 @@ class RunStore:
         """RunError if something is there already, or nobody may look."""
         try:
             # What a command that was killed while it made the folder has left is no run.
-            unfinished = {ENVIRONMENT, *(f"{name}.part" for name in (ENVIRONMENT, CONFIG))}
+            unfinished = {ENVIRONMENT, TRIALS, *(f"{name}.part" for name in (ENVIRONMENT, CONFIG))}
             taken = path.exists() and (
                 not path.is_dir() or any(p.name not in unfinished for p in path.iterdir())
             )
@@ -208,14 +209,14 @@ class RunStore:
         """All finished trials, in the order they finished; a last line torn by a kill is left out.
 
         Raises:
-            RunError: another line is damaged.
+            RunError: another line is damaged, or the file is gone.
         """
-        rows = []
-        for number, data in enumerate(self._lines()[0], start=1):
+        rows, lines = [], self._lines()[0]
+        for number, data in enumerate(lines, start=1):
             try:
                 rows.append(TrialRow.from_dict(data))
             except (TypeError, AttributeError) as error:
-                raise RunError(f"{self.path / TRIALS}: line {number} is not a trial ({error})") from None
+                raise self._damaged([number], f"is not a trial ({error})", len(lines)) from None
         return rows
 
     def append(self, row: TrialRow) -> None:
@@ -224,10 +225,10 @@ class RunStore:
         A last line torn by a kill is overwritten.
 
         Raises:
-            RunError: another line is damaged, or the disk takes no more; the file is then as it was.
+            RunError: another line is damaged, the file is gone, or the disk takes no more; it is then as it was.
         """
         path = self.path / TRIALS
-        if self._whole is None or self._whole != (path.stat().st_size if path.is_file() else 0):
+        if self._whole is None or not path.is_file() or self._whole != path.stat().st_size:
             self._whole = self._lines()[1]
         line = (_json(row.to_dict()) + "\n").encode()
         with self.writing(), open(path, "ab", buffering=0) as file:
@@ -255,18 +256,35 @@ class RunStore:
 
     def _lines(self) -> tuple[list[Any], int]:
         """Parsed lines, and the number of bytes they take up."""
-        path = self.path / TRIALS
-        if not path.is_file():
-            return [], 0
-        lines = path.read_bytes().splitlines(keepends=True)
-        if lines and not _whole(lines[-1]):
+        try:
+            lines = (self.path / TRIALS).read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            raise self._lost() from None
+        if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
         try:
             return [json.loads(line) for line in lines], sum(map(len, lines))
         except ValueError:
-            # Only the last line can be torn by a kill; dropping this one would drop those after it too.
-            bad = next(n for n, line in enumerate(lines, start=1) if not _whole(line))
-            raise RunError(f"{path}: line {bad} is damaged; delete that line to go on without it") from None
+            # A kill tears the last line alone, before its end; append would drop what follows any other.
+            bad = [n for n, line in enumerate(lines, start=1) if not _is_json(line)]
+            raise self._damaged(bad, "cannot be read", len(lines)) from None
+
+    def _damaged(self, lines: Sequence[int], what: str, count: int) -> RunError:
+        number = f"line {lines[0]}" if len(lines) == 1 else f"lines {', '.join(map(str, lines))}"
+        trial = "its trial" if len(lines) == 1 else "their trials"
+        return RunError(
+            f"{self.path / TRIALS}: {number} of {count} {what}; nothing was changed, and the other "
+            f"{count - len(lines)} are whole. Copy the file, delete {number} from it and go on without {trial}; "
+            "search --resume measures what is missing again"
+        )
+
+    def _lost(self) -> RunError:
+        folders = len(list((self.path / "trials").glob("*")))
+        left = f"; folders of {folders} trials are left" if folders else ""
+        return RunError(
+            f"{self.path}: {TRIALS} is missing, which a run has from its start and keeps its results in{left}. "
+            "Put it back from a copy, or search again with another --out"
+        )
 
     def folder(self, trial: int) -> Path:
         return self.path / "trials" / str(trial)
@@ -358,11 +376,12 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _whole(line: bytes) -> bool:
+def _is_json(line: bytes) -> bool:
     try:
-        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+        json.loads(line)
     except ValueError:
         return False
+    return True
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from ucc_search.config.budget import BudgetConfig, TargetRange
 from ucc_search.config.components import ComponentChoices
-from ucc_search.config.loading import dump_config, load_config, parse_config, parse_pairs, plain_config
+from ucc_search.config.loading import (
+    RESOLVED,
+    dump_config,
+    load_config,
+    parse_config,
+    parse_pairs,
+    plain_config,
+)
 from ucc_search.config.run import RunConfig
 from ucc_search.config.search import RankSearchConfig, RungConfig, SearchConfig
 from ucc_search.config.sources import Bound, DataConfig, ModelConfig
@@ -19,6 +26,7 @@ from ucc_search.config.training import (
 )
 
 __all__ = [
+    "RESOLVED",
     "AnnealConfig",
     "AugmentConfig",
     "Baseline",

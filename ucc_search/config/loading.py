@@ -13,6 +13,9 @@ from ucc_search.config.base import TAGS
 from ucc_search.config.run import RunConfig
 from ucc_search.errors import ConfigError, did_you_mean
 
+RESOLVED = "config.resolved.yaml"
+"""In a run folder: the configuration of the run, all defaults written out."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a space file and apply `key.sub=value` overrides (values are YAML).
@@ -21,6 +24,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: one sentence with the file, the key, what came and what is allowed.
     """
     path = Path(path)
+    if path.is_dir():
+        run = f"; the space file of the run in it is {path / RESOLVED}" if (path / RESOLVED).is_file() else ""
+        raise ConfigError(f"{path}: is a folder, expected a space file (YAML){run}")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
