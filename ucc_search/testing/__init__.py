@@ -25,19 +25,30 @@ __all__ = ["Broken", "Check", "Result", "assert_conforms", "checks_for", "confor
 
 def suite(kind: str) -> tuple[Check, ...]:
     """The lines of the contract of a kind (`scorer`, `aggregator`, ...)."""
-    from ucc_search.testing import others, tokens
+    from ucc_search.testing import (
+        aggregators,
+        cascades,
+        datasets,
+        distillers,
+        families,
+        importances,
+        metrics,
+        observers,
+        samplers,
+        scorers,
+    )
 
     suites = {
-        "scorer": tokens.SCORER_CHECKS,
-        "aggregator": tokens.AGGREGATOR_CHECKS,
-        "cascade": others.CASCADE_CHECKS,
-        "distiller": others.DISTILLER_CHECKS,
-        "importance": others.IMPORTANCE_CHECKS,
-        "sampler": others.SAMPLER_CHECKS,
-        "metric": others.METRIC_CHECKS,
-        "observer": others.OBSERVER_CHECKS,
-        "dataset": others.DATASET_CHECKS,
-        "family": others.FAMILY_CHECKS,
+        "scorer": scorers.SCORER_CHECKS,
+        "aggregator": aggregators.AGGREGATOR_CHECKS,
+        "cascade": cascades.CASCADE_CHECKS,
+        "distiller": distillers.DISTILLER_CHECKS,
+        "importance": importances.IMPORTANCE_CHECKS,
+        "sampler": samplers.SAMPLER_CHECKS,
+        "metric": metrics.METRIC_CHECKS,
+        "observer": observers.OBSERVER_CHECKS,
+        "dataset": datasets.DATASET_CHECKS,
+        "family": families.FAMILY_CHECKS,
     }
     return (Check("ranges", "declared ranges are of its own parameters, and ranges", _ranges), *suites[kind])
 
