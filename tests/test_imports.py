@@ -21,6 +21,7 @@ LIGHT = [
     *("tables", "cli", "strength", "widths", "progress", "parcel", "checkpoints", "timing", "status"),
     *("spread", "influence", "comparison", "report", "live"),
     *("observers", "plugin_checks", "plugin_sources", "stopping"),
+    *("latency", "latency_parts", "latency_tables"),
 ]
 """Importing these loads none of HEAVY, themselves or through others."""
 
@@ -38,10 +39,25 @@ ALLOWED = {
     "observers": {"interfaces", "plugins"},
     "strength": set(),
     "timing": set(),
+    "latency": {"errors", "interfaces", "plan"},
+    "latency_parts": {"config", "interfaces", "latency", "plan", "plugins", "widths"},
     "widths": {"config", "errors", "plan", "strength"},
     "budget": {"config", "costs", "errors", "interfaces", "plan", "units", "widths"},
     "space": {"config", "errors", "interfaces", "plan", "plugins", "widths"},
-    "schedule": {"budget", "config", "costs", "errors", "interfaces", "plan", "plugins", "space", "widths"},
+    "schedule": {
+        *(
+            "budget",
+            "config",
+            "costs",
+            "errors",
+            "interfaces",
+            "latency",
+            "plan",
+            "plugins",
+            "space",
+            "widths",
+        ),
+    },
     "analysis": {"errors", "store", "units"},
     "ladder": {"analysis", "config", "errors", "store"},
     "proposer": {"builtin", "interfaces"},

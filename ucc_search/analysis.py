@@ -44,7 +44,8 @@ class Point:
     macs: int  # for one image
     macs_ratio: float  # of the dense model
     params: int  # weights
-    latency_ms: float | None  # of the first of its trials, where it was measured
+    latency_ms: float | None  # of a batch, where it was measured; a mean over seeds
+    latency_ms_predicted: float | None  # by the table, where there is one
     accuracy: float | None  # on the selection split; a mean over seeds, as all that follow
     accuracy_std: float | None  # sample standard deviation over seeds
     test_accuracy: float | None  # for the report only, never for a choice
@@ -116,7 +117,8 @@ def _point(group: Sequence[TrialRow]) -> Point:
         macs=first.macs,
         macs_ratio=first.macs_ratio,
         params=first.params,
-        latency_ms=getattr(first, "latency_ms", None),
+        latency_ms=_mean_std([r.latency_ms for r in group])[0],
+        latency_ms_predicted=first.latency_ms_predicted,
         accuracy=accuracy,
         accuracy_std=accuracy_std,
         test_accuracy=test,

@@ -17,15 +17,19 @@ from ucc_search.widths import Ratios, Widths
 Profile = Callable[[float], Sequence[float]]
 _FULL = 0.995
 """A plan that uses this share of the MACs is not worth a further cut."""
+LATENCY = "latency_ms"
+"""The limit that is priced by a table of measured times (`ucc_search.latency`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """An upper limit on a price of a plugin, or on latency."""
+    """An upper limit on latency, or on a price of a plugin."""
 
     name: str
     most: float
     metric: Metric
+    whole: float
+    """The uncompressed model's value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +63,36 @@ def budgets(
     """One budget per listed target.
 
     Args:
-        limits: by name of `config.metrics`, the metric and its value for the uncompressed model.
+        limits: by name of `config.metrics`, and for `latency_ms`, the metric and its value for the uncompressed model.
 
     Raises:
         BudgetError: a value is neither a percentage nor an amount.
     """
     params = None if config.params is None else _limit(config.params, dense.params, "budget.params")
-    others = tuple(
-        Limit(name, _limit_of(config.metrics[name], whole, f"budget.metrics.{name}"), metric)
-        for name, (metric, whole) in (limits or {}).items()
-    )
+    limits = limits or {}
+
+    def limit(name: str, value: str | float, section: str = "budget.metrics") -> Limit:
+        metric, whole = limits[name]
+        return Limit(name, _limit_of(value, whole, f"{section}.{name}"), metric, whole)
+
+    others = [limit(name, value) for name, value in config.metrics.items()]
+    timed = [limit(LATENCY, value, "budget") for value in config.latency_ms or ()]
     metric, targets = config.targets()
+    if metric == LATENCY:
+        return [
+            Budget(f"{LATENCY}={_text(v)}", None, params, (*others, t))
+            for v, t in zip(targets, timed, strict=True)
+        ]
+    others += timed
     if not targets:
         given = {"params": config.params} if config.params is not None else config.metrics
         label = ",".join(f"{name}={_text(value)}" for name, value in given.items())
-        return [Budget(label, None, params, others)]
+        return [Budget(label, None, params, tuple(others))]
     per_mac = 2 if metric == "flops" else 1
     most = [_limit(v, per_mac * dense.macs, f"budget.{metric}") // per_mac for v in targets]
-    return [Budget(f"{metric}={_text(v)}", m, params, others) for v, m in zip(targets, most, strict=True)]
+    return [
+        Budget(f"{metric}={_text(v)}", m, params, tuple(others)) for v, m in zip(targets, most, strict=True)
+    ]
 
 
 def _limit_of(value: str | float, whole: float, key: str) -> float:
@@ -155,21 +171,17 @@ def project(
     def fits(candidate: CompressionPlan) -> bool:
         return budget.admits(candidate, price(candidate), components)
 
-    strongest = at(1.0)
+    weakest, strongest = at(0.0), at(1.0)
+    if fits(weakest):
+        return weakest.replace()
     if not fits(strongest):
         dense = cost(CompressionPlan.identity(plan.shape))
         advice = _advice(plan, narrows=bool(widths))
         for limit in budget.limits if budget.holds(price(strongest)) else ():
-            least, unit = limit.metric.value(strongest, components), limit.metric.unit
+            least = limit.metric.value(strongest, components)
             if least > limit.most:
-                raise BudgetError(
-                    f"budget {budget.label}: {limit.name} of at most {limit.most:.4g} {unit} is below the smallest "
-                    f"plan's {least:.4g} {unit}; {advice}"
-                )
+                raise _below(budget, limit, least, advice)
         raise unreachable(budget, cost(strongest, components), dense, advice)
-    weakest = at(0.0)
-    if fits(weakest):
-        return weakest.replace()
     found, high = _first_that_fits(at, fits, weakest, strongest)
     before, real = None, profile(high)
     while found != before:
@@ -267,7 +279,8 @@ def _fill(
 
     A token goes to a whole run of blocks that keep equally many. With `split` it may also go to the first
     of them alone: that spends more of the budget, but opens one more place where tokens are scored and cut,
-    which takes time that no MAC counts.
+    which takes time that no MAC counts. Or a run gets as many as the block before it: a cut that costs more
+    than it saves ends.
     """
     last = plan.shape.depth
     grew = True
@@ -276,8 +289,9 @@ def _fill(
         now = plan.tokens
         for first in sorted(range(last), key=lambda i: (now[i] - real[i], -i)):
             run = _end_of_run(plan.tokens, first, last)
-            for end in (first + 1, run) if split else (run,):
-                candidate = _one_more(plan, first, end)
+            ones = [(first + 1, False)] if split else []
+            for end, whole in (*ones, (run, False), (run, True)):
+                candidate = _more(plan, first, end, whole=whole)
                 if candidate is not None and fits(candidate):
                     plan, grew = candidate, True
                     break
@@ -291,13 +305,31 @@ def _end_of_run(tokens: Sequence[int], first: int, last: int) -> int:
     return end
 
 
-def _one_more(plan: CompressionPlan, first: int, end: int) -> CompressionPlan | None:
-    """One token more in the blocks from `first` up to `end`, unless the block before has none to give."""
+def _more(plan: CompressionPlan, first: int, end: int, *, whole: bool) -> CompressionPlan | None:
+    """More tokens in the blocks from `first` up to `end`: one, or as many as the block before has, if more."""
     tokens = list(plan.tokens)
-    if tokens[first] >= (tokens[first - 1] if first else plan.shape.tokens):
+    most = tokens[first - 1] if first else plan.shape.tokens
+    least = tokens[first] + (2 if whole else 1)
+    if least > most:
         return None
-    more = with_tokens(plan, [n + 1 if first <= i < end else n for i, n in enumerate(tokens)])
+    count = most if whole else least
+    more = with_tokens(plan, [count if first <= i < end else n for i, n in enumerate(tokens)])
     return more if more.tokens != plan.tokens else None
+
+
+def _below(budget: Budget, limit: Limit, least: float, advice: str) -> BudgetError:
+    unit, share = limit.metric.unit, 100 * least / limit.whole if limit.whole else math.inf
+    text = (
+        f"budget {budget.label}: {limit.name} of at most {limit.most:.4g} {unit} is below the smallest "
+        f"plan's {least:.4g} {unit}; "
+    )
+    if share >= 100:
+        batch = ", or a larger latency.batch" if limit.name == LATENCY else ""
+        return BudgetError(
+            f"{text}the uncompressed model has {limit.whole:.4g} {unit}, so what is cut costs as much as it saves; "
+            f"{advice}{batch}"
+        )
+    return BudgetError(f"{text}reachable are {share:.1f}% to 100% of {limit.whole:.4g} {unit}; {advice}")
 
 
 def unreachable(budget: Budget, smallest: Cost, dense: Cost, advice: str) -> BudgetError:

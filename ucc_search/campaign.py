@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ucc_search.binding import identities
-from ucc_search.budget import Budget
+from ucc_search.budget import LATENCY, Budget
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import cost, saved_macs
 from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef
@@ -54,6 +54,7 @@ class Job:
     parent: int | None = None
     scratch: bool = False  # start from random weights
     factorize: str = "plain"  # how ranks are lowered, see `config.Factorization`
+    latency: Mapping[str, Any] | None = None  # how to time the finished model, see `Latency.to_measure`
     proposal: int | None = None
     known: int | None = None
 
@@ -66,6 +67,7 @@ class Job:
             "seed": self.seed,
             "scratch": self.scratch,
             "factorize": self.factorize,
+            "latency": self.latency,
             "steps": self.steps,
             "resume": None if self.resume is None else str(self.resume),
             "save": None if self.save is None else str(self.save),
@@ -165,7 +167,7 @@ class Campaign:
                         scratch=baseline.weights == "random",
                         factorize=baseline.factorize,
                     )
-                    yield job
+                    yield self._timed(level, job)
 
     def _proposed(self, level: Level) -> Iterator[Job]:
         for made in self._proposals:
@@ -230,7 +232,16 @@ class Campaign:
             with self.store.writing():
                 save.parent.mkdir(exist_ok=True)
         how = self.config.space.factorize
-        return replace(job, steps=level.steps, stops=level.stops, save=save, factorize=how)
+        return self._timed(
+            level, replace(job, steps=level.steps, stops=level.stops, save=save, factorize=how)
+        )
+
+    def _timed(self, level: Level, job: Job) -> Job:
+        """The job with what times its model, on the last rung alone."""
+        settings, latency = self.config.timing, self.scheduler.latency
+        if latency is None or settings is None or not settings.measure or level is not self._levels[-1]:
+            return job
+        return replace(job, latency=latency.to_measure())
 
     def _state(self, trial: int) -> Path:
         return (self.store.path / STATES / str(trial)).resolve()
@@ -267,6 +278,11 @@ class Campaign:
         parts = self.plugins.components(*(job.components[k] for k in INFERENCE_KINDS))
         price = cost(job.plan, parts)
         saved = saved_macs(job.plan, parts)
+        latency = self.scheduler.latency
+        limits = {x.name: x.most for x in job.budget.limits}
+        timed = outcome.get("latency_ms")
+        if latency is not None and job.origin == "dense":
+            timed = latency.table.dense_ms
         narrowed = saved["widths"] > 0 or saved["depth"] > 0
         return TrialRow(
             id=job.id,
@@ -288,6 +304,9 @@ class Campaign:
             accuracy=outcome.get("accuracy"),
             test_accuracy=outcome.get("test_accuracy"),
             loss=outcome.get("loss"),
+            latency_ms=timed,
+            latency_ms_predicted=None if latency is None else latency.value(job.plan, parts),
+            limit_latency_ms=limits.get(LATENCY),
             failure=outcome.get("failure"),
             error=outcome.get("error"),
             scorer=job.components["scorer"].name,
@@ -332,5 +351,6 @@ def describe(row: TrialRow) -> str:
         return f"[{row.id}] {row.method} {row.target} {row.rung}: failed ({row.failure}: {row.error})"
     values = {"KL": row.kl, "accuracy": row.accuracy}
     shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
+    shown += f"  {row.latency_ms:.3g} ms" if row.latency_ms is not None else ""
     rung = f"{row.rung} (stopped at step {row.fidelity})" if row.state == "stopped" else row.rung
     return f"[{row.id}] {row.method} {row.target} {rung}: {shown}  ({100 * row.macs_ratio:.1f}% of MACs)"

@@ -27,7 +27,10 @@ NoPlugins = Annotated[bool, typer.Option("--no-plugins", help="Load no installed
 Strict = Annotated[bool, typer.Option("--strict-plugins", help="Stop if any plugin fails to load.")]
 Budgets = Annotated[
     list[str] | None,
-    typer.Option("--budget", help="macs=50%, macs=2.1G, params=5M. Repeat a metric for several targets."),
+    typer.Option(
+        "--budget",
+        help="macs=50%, macs=2.1G, params=5M, latency_ms=50%. Repeat a metric for several targets.",
+    ),
 ]
 Source = Annotated[
     Path, typer.Argument(help="A run folder (with --trial), or a saved model's folder.", show_default=False)
@@ -250,6 +253,32 @@ def plan(
 
     found = preview(config, plugins)
     typer.echo(json.dumps(found, indent=1) if as_json else preview_text(found))
+
+
+@app.command()
+def latency(
+    space: Space,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the table, for latency.table on another machine.")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure even if this machine has a table.")] = False,
+    budget: Budgets = None,
+    plugin: PluginOption = None,
+    disable_plugin: Disable = None,
+    no_plugins: NoPlugins = False,
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Time the parts of a space file's model on this machine, for limits on latency; kept for searches."""
+    config = _config(space, sets, budgets=budget)
+    plugins = _plugins(config, plugin, disable_plugin, no_plugins)
+    from ucc_search.preview import latency_found, latency_text
+
+    def log(line: str) -> None:
+        typer.echo(line, err=True)
+
+    found = latency_found(config, plugins, out=out, again=again, log=log)
+    typer.echo(json.dumps(found, indent=1) if as_json else latency_text(found))
 
 
 @app.command()

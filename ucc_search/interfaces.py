@@ -457,6 +457,8 @@ class Components:
     scorer: Scorer
     aggregator: Aggregator
     cascade: Cascade
+    refs: tuple[ComponentRef, ComponentRef] | None = field(default=None, compare=False)
+    """The names that scorer and aggregator were built by, where they were."""
 
     def sites(self, plan: CompressionPlan) -> list[Site]:
         """Where `plan` scores or reduces tokens, in order."""

@@ -400,7 +400,7 @@ class Plugins:
     def components(self, scorer: ComponentRef, aggregator: ComponentRef, cascade: ComponentRef) -> Components:
         """The components a compressed model needs, built."""
         refs = {"scorer": scorer, "aggregator": aggregator, "cascade": cascade}
-        return Components(**{kind: self.build(kind, ref) for kind, ref in refs.items()})
+        return Components(**{k: self.build(k, ref) for k, ref in refs.items()}, refs=(scorer, aggregator))
 
     def describe(self, kind: str, name: str) -> dict[str, Any]:
         """Summary, parameters with defaults (and which have none), search ranges and owner."""

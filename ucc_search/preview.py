@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ucc_search import estimate
 from ucc_search.binding import bind, bind_model
-from ucc_search.config import RunConfig
+from ucc_search.config import LatencyConfig, RunConfig
 from ucc_search.costs import cost
-from ucc_search.errors import ConfigError
+from ucc_search.errors import BudgetError, ConfigError
 from ucc_search.interfaces import INFERENCE_KINDS
 from ucc_search.ladder import levels
+from ucc_search.latency_tables import table_for
 from ucc_search.observers import Observers
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import Plugins
-from ucc_search.schedule import Scheduler, candidate_of, check_budgets
+from ucc_search.schedule import NO_TABLE, Scheduler, candidate_of, check_budgets
 from ucc_search.shapes import model_shape, train_images
 from ucc_search.space import SearchSpace
+from ucc_search.store import replace_text
 from ucc_search.units import format_macs, format_params
 
 
@@ -28,16 +31,19 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
 
     Returns:
         model, dense (macs, params), reachable (macs from..to, per method), budgets (label,
-        max_macs, reachable), dimensions, trials (by rung), steps, seconds (or null).
+        max_macs, reachable), latency (measured, conditions, dense_ms, min_ms; or null), dimensions, trials (by rung), steps, seconds (or null).
 
     Raises:
         UserError: what `search` would refuse as well: an unreachable budget, unknown components.
     """
     config = bind(config, plugins)
     shape = model_shape(config)
-    scheduler = Scheduler(config, shape, plugins)
+    table = table_for(config, shape, plugins)
+    unmeasured = config.budget.latency_ms is not None and table is None
+    judged = config.without_latency() if unmeasured else config
+    scheduler = Scheduler(judged, shape, plugins, latency=table)
     space = SearchSpace.of(config.space, shape, plugins)
-    check_budgets(config, scheduler, space, plugins)
+    check_budgets(judged, scheduler, space, plugins)
     Observers.named(config.observers, plugins)
     images = train_images(config)
     levels(config, images)  # refuses a ladder that does not rise
@@ -57,13 +63,79 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
                 "limits": {x.name: f"{x.most:.4g} {x.metric.unit} of {x.name}" for x in b.limits},
             }
             for b in scheduler.budgets
+            if b.label
         ],
+        "latency": _latency(config, scheduler, space, plugins),
         "dimensions": [d.name for d in space.dimensions],
         "trials": estimate.jobs(config),
         "steps": config.train.total_steps(images),
         "seconds": estimate.seconds(config, dense.macs, images),
         "out": f"results/{config.name}",
     }
+
+
+def latency_found(
+    config: RunConfig, plugins: Plugins, *, out: Path | None, again: bool, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure the latency table of a space file, or read the one that is kept.
+
+    Args:
+        out: where to write it.
+
+    Returns:
+        measured (true), conditions, dense_ms, and min_ms of everything pruned (or null).
+
+    Raises:
+        BudgetError: the file of `latency.table` does not fit, or `out` cannot be written.
+    """
+    config = bind(config, plugins)
+    timed = config.model_copy(update={"latency": config.timing or LatencyConfig()})
+    shape = model_shape(config)
+    table = table_for(timed, shape, plugins, log=log, again=again)
+    assert table is not None  # it was asked for, and may be measured
+    if out is not None:
+        try:
+            replace_text(out, table.to_json())
+        except OSError as error:
+            raise BudgetError(
+                f"--out {out}: cannot be written ({error.strerror}); choose another file"
+            ) from None
+    space = SearchSpace.of(config.space, shape, plugins)
+    scheduler = Scheduler(config.without_latency(), shape, plugins, latency=table)
+    return _latency(timed, scheduler, space, plugins) or {}
+
+
+def latency_text(found: dict[str, Any]) -> str:
+    """`latency_found`, or what `preview` has of it, for people."""
+    if not found["measured"]:
+        return NO_TABLE.partition(": ")[2]
+    least = "" if found["min_ms"] is None else f", {found['min_ms']:.3g} ms with everything pruned"
+    return f"{found['dense_ms']:.3g} ms uncompressed{least}: {found['conditions']}"
+
+
+def _latency(
+    config: RunConfig, scheduler: Scheduler, space: SearchSpace, plugins: Plugins
+) -> dict[str, Any] | None:
+    """What the table says; None where no latencies are asked for."""
+    if config.timing is None:
+        return None
+    if scheduler.latency is None:
+        return {"measured": False}
+    table = scheduler.latency.table
+    found = {
+        "measured": True,
+        "conditions": str(table.conditions),
+        "dense_ms": table.dense_ms,
+        "min_ms": None,
+    }
+    if (
+        config.search.trials
+        and not plugins.build("cascade", space.corners()[0].components["cascade"]).needs_model
+    ):
+        candidate = space.corners()[0]
+        parts = plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
+        found["min_ms"] = scheduler.latency.value(scheduler.smallest(candidate), parts)
+    return found
 
 
 def _reachable(
@@ -93,6 +165,8 @@ def preview_text(found: dict[str, Any]) -> str:
     for name, ends in found["reachable"].items():
         low, high = (100 * ends[k] / dense for k in ("min_macs", "max_macs"))
         lines.append(f"reachable     {low:.1f}% to {high:.1f}% of the MACs by {name}")
+    if found["latency"] is not None:
+        lines.append(f"latency       {latency_text(found['latency'])}")
     for budget in found["budgets"]:
         limits = [format_macs(budget["max_macs"])] if budget["max_macs"] else []
         limits += [format_params(budget["max_params"])] if budget["max_params"] else []

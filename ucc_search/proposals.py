@@ -155,7 +155,12 @@ class Proposals:
             return None
 
     def _spends(self, budget: Budget, candidate: Candidate, plan: CompressionPlan) -> bool:
-        """Whether the plan uses the budget up; few tokens in few blocks make a coarse lattice."""
+        """Whether the plan uses the budget up; few tokens in few blocks make a coarse lattice.
+
+        Where there are other limits, MACs need not be the one that is used up.
+        """
+        if budget.limits:
+            return True
         parts = self._plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
         return budget.max_macs is None or cost(plan, parts).macs >= _SPENT * min(
             budget.max_macs, cost(self._scheduler.largest(candidate), parts).macs

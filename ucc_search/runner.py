@@ -21,6 +21,7 @@ from ucc_search.environment import environment
 from ucc_search.errors import DataError
 from ucc_search.interfaces import INFERENCE_KINDS, Observer
 from ucc_search.ladder import levels
+from ucc_search.latency_tables import table_for
 from ucc_search.observers import Observers
 from ucc_search.parcel import Parcel, folders_of_teacher
 from ucc_search.plugins import Plugins
@@ -72,13 +73,13 @@ def search(
     path = Path(out) if out is not None else Path("results") / config.name
     shape = model_shape(config)
     space = SearchSpace.of(config.space, shape, plugins)
-    check_budgets(config, Scheduler(config, shape, plugins), space, plugins)
+    unlimited = config.without_latency()
+    check_budgets(unlimited, Scheduler(unlimited, shape, plugins), space, plugins)
     observers = Observers.named(config.observers, plugins, log)
     if view is not None:
         observers.add("view", view)
     here = functools.partial(this_bench, config, plugins)
     levels(config, train_images(config))  # refuses a ladder that does not rise
-    scheduler = Scheduler(config, shape, plugins, _bench_evaluate(here), lambda ref: here().depth_order(ref))
     if config.search.executor == "ray":
         from ucc_search.cluster import check_address
 
@@ -86,7 +87,14 @@ def search(
     known = RunStore.resume(path, config) if resume else None
     if known is None:
         RunStore.refuse_taken(path)
+    table = table_for(config, shape, plugins, log=log)
+    if table is not None:
+        check_budgets(config, Scheduler(config, shape, plugins, latency=table), space, plugins)
+    if known is None:
         _prepare_teacher(config, plugins, log)
+    scheduler = Scheduler(
+        config, shape, plugins, _bench_evaluate(here), lambda ref: here().depth_order(ref), table
+    )
     # Before a folder is made: a criterion that fails leaves nothing behind, and scores have a cache of their own.
     measure_importance(config, plugins, shape, log)
     with _cluster(config), _locked(known, path, config, plugins) as store:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
-from ucc_search.budget import Budget, budgets, project, whole_tokens, with_tokens
+from ucc_search.budget import LATENCY, Budget, budgets, project, whole_tokens, with_tokens
 from ucc_search.config import Baseline, RunConfig
 from ucc_search.costs import Pricer, cost
 from ucc_search.errors import BudgetError, ConfigError, PluginError
@@ -16,6 +16,7 @@ from ucc_search.interfaces import (
     DistillContext,
     ScheduleRequest,
 )
+from ucc_search.latency import Latency, LatencyTable
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.space import KINDS, Candidate, SearchSpace, spares_last_block
@@ -25,6 +26,9 @@ Profile = Callable[[float], Sequence[float]]
 Evaluate = Callable[[Sequence[int]], float]
 MakeEvaluate = Callable[[Components, CompressionPlan], Evaluate]
 DepthOrder = Callable[[ComponentRef], Sequence[int]]
+NO_TABLE = (
+    "budget.latency_ms: not measured here yet; `ucc-search latency SPACE` does it now, a search does it first"
+)
 
 
 class Scheduler:
@@ -35,6 +39,10 @@ class Scheduler:
             is loaded.
         depth_order: gives, for an importance criterion, the depth units with the least important
             first; None where nothing was measured.
+        latency: the table that prices latencies; needed for a limit on them.
+
+    Raises:
+        BudgetError: latency is limited, and there is no table.
     """
 
     def __init__(
@@ -44,6 +52,7 @@ class Scheduler:
         plugins: Plugins,
         make_evaluate: MakeEvaluate | None = None,
         depth_order: DepthOrder | None = None,
+        latency: LatencyTable | None = None,
     ) -> None:
         self._config, self._plugins, self._make_evaluate = config, plugins, make_evaluate
         self._depth_order = depth_order
@@ -55,6 +64,11 @@ class Scheduler:
             plugins.components(*(getattr(config.space, k)[0] for k in INFERENCE_KINDS)) if metrics else None
         )
         limits = {n: (m, m.value(dense, corner)) for n, m in metrics.items()}
+        self.latency = Latency(latency) if latency is not None else None
+        if config.budget.latency_ms is not None:
+            if self.latency is None:
+                raise BudgetError(NO_TABLE)
+            limits[LATENCY] = (self.latency, self.latency.table.dense_ms)
         self.budgets = budgets(config.budget, self.dense_cost, limits)
         self._profiles: dict[str, Profile] = {}
         self._pricers: dict[str, Pricer] = {}

@@ -55,6 +55,9 @@ class TrialRow:
     accuracy: float | None = None  # on the selection split: what choices are made by
     test_accuracy: float | None = None  # for the report only, never for a choice
     loss: float | None = None  # at the end of training
+    latency_ms: float | None = None  # of a batch, timed on the finished model beside the dense one
+    latency_ms_predicted: float | None = None  # by the table, which the budget goes by
+    limit_latency_ms: float | None = None  # what the budget allowed
     scorer: str = ""  # names of the components; their parameters are in `components`
     aggregator: str = ""
     cascade: str = ""

@@ -70,7 +70,7 @@ def print_analysis(run: Run, console: Console) -> None:
         show(console, _failures_grid(rows, failures))
     correlation = "\n".join(filter(None, map(_correlation_line, analysis.rank_correlations(rows))))
     progress = "\n".join(filter(None, (_progress_line(rows, rung) for rung in analysis.RUNGS)))
-    for line in filter(None, (progress, correlation, _next_line(run, front))):
+    for line in filter(None, (progress, correlation, _late_line(rows), _next_line(run, front))):
         _line(console, f"\n{line}")
 
 
@@ -85,6 +85,7 @@ def analysis_json(run: Run) -> dict[str, Any]:
         dense: the uncompressed model as a point, or null.
         front: points, cheapest first. A point has the fields of `analysis.Point`: id, trials, origin,
             method, target, rung, fidelity, seeds, plan_key, parent, macs, macs_ratio, params,
+            latency_ms, latency_ms_predicted (of a batch, or null),
             accuracy, accuracy_std, test_accuracy, test_accuracy_std (0..1), kl, kl_std (nats),
             tokens, saved (share of the dense MACs by method), scorer, aggregator, cascade, distiller,
             importance.
@@ -250,6 +251,8 @@ def pick_message(run: Run, row: TrialRow) -> str:
         )
         if value is not None
     ]
+    if row.latency_ms_predicted is not None:
+        measured.append(f"latency {_latency(row)} ms, as measured (by table)")
     lines = [
         f"trial {row.id}: {row.method} at {row.target}, {row.rung}, seed {row.seed}",
         f"  {format_macs(row.macs)} ({100 * row.macs_ratio:.1f}% of dense), {format_params(row.params)}",
@@ -324,7 +327,8 @@ def _front_grid(rows: Sequence[TrialRow], front: Sequence[Point]) -> Grid:
     rung, fidelity = front[0].rung, front[0].fidelity
     dense, knee = analysis.dense_reference(rows, rung), analysis.knee(front)
     unit, scale = _unit([*front, dense] if dense else front)
-    shown = [_front_row(p, scale, p is knee) for p in front]
+    timed = any(p.latency_ms_predicted is not None for p in front)
+    shown = [_front_row(p, scale, p is knee, timed) for p in front]
     notes = ["* knee: beyond it, accuracy costs more MACs than on average"] if knee else []
     if dense is not None and rung == "train":
         notes.append("dense is the teacher as it is, without these training steps")
@@ -333,15 +337,16 @@ def _front_grid(rows: Sequence[TrialRow], front: Sequence[Point]) -> Grid:
         title=f"Pareto front ({how})",
         columns=(
             *("id", "method", "target", unit, "% dense", "accuracy % (seeds)", "test %", "KL"),
+            *(["ms (by table)"] if timed else []),
             *("params", "saved %", "tokens per block", "components"),
         ),
-        rows=[*shown, _front_row(dense, scale, False)] if dense else shown,
+        rows=[*shown, _front_row(dense, scale, False, timed)] if dense else shown,
         text=("method", "target", "saved %", "tokens per block", "components"),
         note="; ".join(notes),
     )
 
 
-def _front_row(point: Point, scale: float, is_knee: bool) -> tuple[str, ...]:
+def _front_row(point: Point, scale: float, is_knee: bool, timed: bool) -> tuple[str, ...]:
     dense = point.origin == "dense"
     return (
         f"{point.id}*" if is_knee else str(point.id),
@@ -352,10 +357,36 @@ def _front_row(point: Point, scale: float, is_knee: bool) -> tuple[str, ...]:
         _accuracy(point),
         _hundredths(point.test_accuracy),
         _number(point.kl),
+        *([_latency(point)] if timed else []),
         format_params(point.params).removesuffix(" parameters"),
         _saved(point.saved),
         compact_tokens(point.tokens),
         MISSING if dense else _components(point),
+    )
+
+
+def _latency(value: Point | TrialRow) -> str:
+    """Milliseconds as measured, and by the table."""
+    measured, predicted = value.latency_ms, value.latency_ms_predicted
+    by_table = MISSING if predicted is None else f"{predicted:.3g}"
+    return f"{MISSING if measured is None else f'{measured:.3g}'} ({by_table})"
+
+
+def _late_line(rows: Sequence[TrialRow]) -> str:
+    """Finished models that took clearly longer than their limit when they were timed; empty if none did."""
+    timed = [
+        (r.latency_ms / r.limit_latency_ms, r)
+        for r in rows
+        if r.latency_ms is not None and r.limit_latency_ms is not None
+    ]
+    late = [share for share, _ in timed if share > 1.05]
+    if not late:
+        return ""
+    _, worst = max(timed, key=lambda pair: pair[0])
+    return (
+        f"Latency: {len(late)} of {len(timed)} finished models took over 5 % more than their limit, most of all trial "
+        f"{worst.id} ({worst.latency_ms:.3g} of {worst.limit_latency_ms:.3g} ms); beside other trials such timings "
+        "are noisy: ucc-search bench times one alone"
     )
 
 

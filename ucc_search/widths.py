@@ -179,6 +179,10 @@ class Widths:
         lower = any((b.qk_dim, b.v_dim) != (f.qk_dim, f.v_dim) for b, f in pairs)
         return plan.replace(low_rank_attention=lower)
 
+    def step(self, kind: str) -> int:
+        """What widths of this kind are multiples of; a fixed ratio is taken as it is: it names a standard architecture."""
+        return self._multiple(kind) if isinstance(self._setting(kind), WidthRange) else 1
+
     def _multiple(self, kind: str) -> int:
         setting = self._setting(kind)
         wanted = setting.multiple if isinstance(setting, WidthRange) else None
@@ -187,9 +191,7 @@ class Widths:
     def _plan(self, base: CompressionPlan, kept: Ratios) -> CompressionPlan:
         def units(name: str, full: int) -> int:
             kind = split_name(name)[0]
-            exact = kept[name] * full
-            # A fixed ratio is taken as it is: it names a standard architecture.
-            step = self._multiple(kind) if isinstance(self._setting(kind), WidthRange) else 1
+            exact, step = kept[name] * full, self.step(kind)
             return full if kept[name] == 1.0 else min(full, max(step, step * math.floor(exact / step + 0.5)))
 
         dims = tuple(units(f"embed.{i}", d) for i, d in enumerate(self.shape.embed_dims))

@@ -41,6 +41,7 @@ class Measurement:
     accuracy: float | None = None
     test_accuracy: float | None = None
     loss: float | None = None
+    latency_ms: float | None = None
     compute_seconds: float = 0.0
     metrics: list[dict[str, Any]] = field(default_factory=list)
     continued: int = 0
@@ -135,12 +136,24 @@ class Workbench:
         """What whitened factorisations look at."""
         return ProxyInputs(self.proxy)
 
-    def zero_shot(self, model: nn.Module) -> Measurement:
-        """KL to the teacher and accuracy on the calibration images, of a model as it is."""
+    def zero_shot(self, model: nn.Module, latency: Mapping[str, Any] | None = None) -> Measurement:
+        """KL to the teacher and accuracy on the calibration images, of a model as it is.
+
+        Args:
+            latency: time it too, see `Latency.to_measure`.
+        """
         model.eval()
         start = time.perf_counter()
         kl, right = self._on_calibration(model)
-        return Measurement(kl, right, compute_seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return Measurement(kl, right, latency_ms=self._latency(model, latency), compute_seconds=seconds)
+
+    def _latency(self, model: nn.Module, how: Mapping[str, Any] | None) -> float | None:
+        if how is None:
+            return None
+        from ucc_search.latency_measure import finished_ms
+
+        return finished_ms(model, self.teacher, self.shape, how)
 
     def _on_calibration(self, model: nn.Module) -> tuple[float, float]:
         """(KL to the teacher, accuracy) on the calibration images."""
@@ -197,6 +210,7 @@ class Workbench:
         stop: int | None = None,
         resume: Path | None = None,
         save: Path | None = None,
+        latency: Mapping[str, Any] | None = None,
     ) -> Measurement:
         """Train the compressed model and measure it on the selection split, then on the test split.
 
@@ -206,6 +220,7 @@ class Workbench:
             stop, resume, save: see `train.fit`.
             out: where rank 0 writes weights and `arch.json`.
             arch: what `arch.json` says of the dense model and the components.
+            latency: time the trained model, see `Latency.to_measure`.
         """
         config = self.config.train
         torch.manual_seed(seed)
@@ -247,6 +262,7 @@ class Workbench:
             compute_seconds=time.perf_counter() - start,
             metrics=_metrics(result.losses, result.parts),
             continued=result.continued,
+            latency_ms=self._latency(model, latency),
         )
         if whole and out is not None and arch is not None and (worker is None or worker.rank == 0):
             save_model(model, out, plan, arch)

@@ -33,8 +33,8 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
         task: `config` (resolved YAML), `plugins` (`Plugins.bundle`), `threads` and `job` (`campaign.Job.to_dict`).
 
     Returns:
-        state, failure, error, kl, accuracy, test_accuracy, loss, metrics, continued, seconds, compute_seconds,
-        and `files`: content by name, which the run's own process writes into the trial's folder.
+        state, failure, error, kl, accuracy, test_accuracy, loss, latency_ms, metrics, continued, seconds,
+        compute_seconds, and `files`: content by name, which the run's own process writes into the trial's folder.
     """
     start = time.perf_counter()
     try:
@@ -66,7 +66,8 @@ def _measure(bench: Workbench, task: Mapping[str, Any]) -> Measurement:
     if job["rung"] == "zero-shot":
         plan, refs, parts = _decode(bench, job)
         torch.manual_seed(job["seed"])  # of learned scorers, and of all weights from scratch
-        return bench.zero_shot(bench.compressed(plan, parts, refs["importance"], **_start(job)))
+        model = bench.compressed(plan, parts, refs["importance"], **_start(job))
+        return bench.zero_shot(model, job.get("latency"))
     if bench.config.train.workers > 1:
         return Measurement(**train_together(task, bench.config.train.workers))
     return _train(bench, task, None)
@@ -104,6 +105,7 @@ def _train(bench: Workbench, task: Mapping[str, Any], worker: Worker | None) -> 
         stop=job["steps"],
         resume=_here(job.get("resume")),
         save=_here(job.get("save")),
+        latency=job.get("latency"),
     )
 
 
@@ -118,11 +120,13 @@ def train_rank(task: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     return vars(_train(warm_bench(task["config"], task["plugins"]), task, worker))
 
 
+_MEASURED = (
+    *("kl", "accuracy", "test_accuracy", "loss", "latency_ms", "compute_seconds", "metrics", "continued"),
+)
+
+
 def _outcome(measured: Measurement) -> dict[str, Any]:
-    values = {
-        k: getattr(measured, k)
-        for k in ("kl", "accuracy", "test_accuracy", "loss", "compute_seconds", "metrics", "continued")
-    }
+    values = {k: getattr(measured, k) for k in _MEASURED}
     bad = [k for k in ("kl", "loss") if values[k] is not None and not math.isfinite(values[k])]
     if bad:
         return {"state": "failed", "failure": "not_finite", "error": f"{bad[0]} is {values[bad[0]]}"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ucc_search.config.budget import BudgetConfig, TargetRange
 from ucc_search.config.components import ComponentChoices
+from ucc_search.config.latency import LatencyConfig
 from ucc_search.config.loading import (
     RESOLVED,
     dump_config,
@@ -36,6 +37,7 @@ __all__ = [
     "DataConfig",
     "EmaConfig",
     "KeepRatio",
+    "LatencyConfig",
     "ModelConfig",
     "OptimizerConfig",
     "Range",

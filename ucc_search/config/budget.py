@@ -69,17 +69,23 @@ Targets = Annotated[
 ]
 
 
+def _values(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 class BudgetConfig(Frozen):
-    """Upper limits, ANDed; `macs` (or `flops`) may list several targets, each searched in turn.
+    """Upper limits, ANDed; one of `macs`, `flops` and `latency_ms` may list several targets, each searched in turn.
 
     A value is a percentage of the uncompressed model ("50%") or absolute ("2.1G", 4500000000). In place
-    of a list, `{low: 30%, high: 90%}` makes the target itself a dimension of one study.
+    of a list, `macs: {low: 30%, high: 90%}` makes the target itself a dimension of one study.
     """
 
     macs: Targets | None = None
     flops: Targets | None = None
     """In place of `macs`: twice as many."""
     params: str | float | None = None
+    latency_ms: Annotated[tuple[str | float, ...], BeforeValidator(_values)] | None = None
+    """Milliseconds of one batch, or a percentage of the uncompressed model's; what batch says `latency`."""
     metrics: Mapping[str, str | float] = Field(default_factory=dict)
     """Limits on prices of plugins (hook `ucc_metrics`), in their unit or in percent of the uncompressed model."""
 
@@ -87,8 +93,14 @@ class BudgetConfig(Frozen):
     def _one(self) -> BudgetConfig:
         if self.macs is not None and self.flops is not None:
             raise ValueError("give `macs` or `flops`, not both (1 MAC is 2 FLOPs)")
-        if self.macs is None and self.flops is None and self.params is None and not self.metrics:
-            raise ValueError("needs at least one of macs, flops, params, metrics")
+        if not self.targets()[0] and self.params is None and not self.metrics:
+            raise ValueError("needs at least one of macs, flops, params, latency_ms, metrics")
+        if self.latency_ms is not None and not self.latency_ms:
+            raise ValueError("latency_ms is empty, expected milliseconds or a percentage such as 50%")
+        if self.targets()[0] != "latency_ms" and len(self.latency_ms or ()) > 1:
+            raise ValueError(
+                "lists several targets of latency_ms beside macs or flops; only one may list several"
+            )
         return self
 
     @property
@@ -97,8 +109,8 @@ class BudgetConfig(Frozen):
         return isinstance(self.macs, TargetRange) or isinstance(self.flops, TargetRange)
 
     def targets(self) -> tuple[str, tuple[str | float, ...]]:
-        """(macs, flops or "", its targets), in the order in which they are searched."""
-        for name in ("macs", "flops"):
+        """(macs, flops, latency_ms or "", its targets), in the order in which they are searched."""
+        for name in ("macs", "flops", "latency_ms"):
             found: tuple[str | float, ...] | TargetRange | None = getattr(self, name)
             if found is not None:
                 return name, found.values() if isinstance(found, TargetRange) else found

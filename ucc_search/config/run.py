@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from ucc_search.config.base import Frozen
 from ucc_search.config.budget import BudgetConfig
 from ucc_search.config.components import Observers
+from ucc_search.config.latency import LatencyConfig
 from ucc_search.config.search import SearchConfig
 from ucc_search.config.sources import DataConfig, ModelConfig
 from ucc_search.config.space import Baseline, SpaceConfig
@@ -21,6 +22,8 @@ class RunConfig(Frozen):
     model: ModelConfig
     data: DataConfig
     budget: BudgetConfig
+    latency: LatencyConfig | None = None
+    """What `budget.latency_ms` is measured under; given alone, latencies are recorded without a limit."""
     space: SpaceConfig = SpaceConfig()
     search: SearchConfig = SearchConfig()
     train: TrainConfig = TrainConfig(epochs=1.0)
@@ -40,6 +43,27 @@ class RunConfig(Frozen):
                 f"search.gpus_per_trial is {gpus:g} and train.workers is {workers}, expected a GPU for each worker"
             )
         return self
+
+    @model_validator(mode="after")
+    def _ranks_by_price(self) -> RunConfig:
+        budget = self.budget
+        if self.search.ranks is not None and not (budget.targets()[0] in ("macs", "flops") or budget.params):
+            raise ValueError(
+                "search.ranks weighs MACs and parameters alone: give budget.macs, flops or params as well, or leave "
+                "search.ranks out"
+            )
+        return self
+
+    @property
+    def timing(self) -> LatencyConfig | None:
+        """What latencies are measured under; None where none are asked for."""
+        return self.latency or (LatencyConfig() if self.budget.latency_ms is not None else None)
+
+    def without_latency(self) -> RunConfig:
+        """The same without the limits on latency, for those who know no table."""
+        return self.model_copy(
+            update={"budget": self.budget.model_copy(update={"latency_ms": None}), "latency": None}
+        )
 
     @field_validator("teacher")
     @classmethod

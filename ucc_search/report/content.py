@@ -65,9 +65,9 @@ def content(run: Run) -> dict[str, Any]:
 
 def _dearest_first(rows: Sequence[TrialRow]) -> list[TrialRow]:
     """Budgets from the largest to the smallest, the order within each kept."""
-    most: dict[str, int] = {}
+    most: dict[str, float] = {}
     for row in rows:
-        most[row.target] = max(most.get(row.target, 0), row.limit_macs or 0)
+        most[row.target] = max(most.get(row.target, 0), row.limit_macs or row.limit_latency_ms or 0)
     return sorted(rows, key=lambda r: -most[r.target])
 
 
@@ -242,6 +242,9 @@ def _detail(run: Run, point: Point) -> dict[str, Any]:
         "test accuracy": f"{row['test_text']} %" if point.test_accuracy is not None else MISSING,
         "KL": row["kl_text"],
         "latency, ms": row["latency_text"],
+        "latency by the table, ms": MISSING
+        if point.latency_ms_predicted is None
+        else f"{point.latency_ms_predicted:.2f}",
         "seeds": str(point.seeds),
         "components": row["components"] or MISSING,
     }

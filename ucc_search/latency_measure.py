@@ -1,0 +1,150 @@
+"""Time the parts of a model, and finished models beside the uncompressed one. Needs torch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ucc_search.builtin import default_components
+from ucc_search.config import ModelConfig
+from ucc_search.interfaces import Components
+from ucc_search.latency import Axes, Conditions, Grid, Latency, LatencyTable
+from ucc_search.latency_modules import DTYPES, WHOLE, Parts, Point
+from ucc_search.latency_parts import Layout
+from ucc_search.plan import CompressionPlan, ModelShape
+from ucc_search.plugins import Plugins
+from ucc_search.timing import Timings, interleave
+
+
+def measure_table(
+    config: ModelConfig,
+    shape: ModelShape,
+    wanted: Layout,
+    conditions: Conditions,
+    plugins: Plugins,
+    *,
+    rounds: int = 11,
+    seconds: float = 40.0,
+) -> LatencyTable:
+    """Time every part at every one of its levels, in interleaved rounds with the whole model.
+
+    Args:
+        shape: of the configured model.
+        rounds: at most; each times everything once.
+        seconds: start no further round after this long.
+    """
+    parts = Parts(config, shape, conditions, wanted, plugins)
+    with _threads(conditions.threads), torch.inference_mode():
+        calls = dict(parts.calls())
+        named = {repr(key): call for key, call in calls.items()}
+        timings = interleave(
+            named, rounds=rounds, warmup=1, min_seconds=0.004, max_seconds=seconds, sync=parts.sync
+        )
+    # Whatever else the machine does only ever adds time.
+    ms = {key: 1e3 * min(timings.seconds[repr(key)]) for key in calls}
+    grids = {name: _grid(name, axes, ms) for name, axes in wanted.parts.items()}
+    dense = ms[WHOLE]
+    table = LatencyTable(shape, conditions, dense, 1.0, grids)
+    together = Latency(table).value(CompressionPlan.identity(shape), default_components())
+    table = replace(table, factor=dense / together)
+    for c in wanted.combinations:
+        table = _right_for_cuts(table, parts.cutting_everywhere(), parts.components(c), c.key, ms[c.key, ()])
+    return table
+
+
+def _right_for_cuts(
+    table: LatencyTable, plan: CompressionPlan, components: Components, key: str, ms: float
+) -> LatencyTable:
+    """The times of scoring and merging scaled so that a whole model that cuts tokens everywhere takes `ms`."""
+    cuts = {
+        name: g
+        for name, g in table.grids.items()
+        if name.startswith(("cut ", "score ")) and name.split(" ", 2)[2] == key
+    }
+    free = {name: replace(g, ms=(0.0,) * len(g.ms)) for name, g in cuts.items()}
+    predicted = Latency(table).value(plan, components)
+    rest = Latency(replace(table, grids={**table.grids, **free})).value(plan, components)
+    if predicted <= rest:
+        return table
+    factor = min(max((ms - rest) / (predicted - rest), 0.5), 2.0)
+    scaled = {name: replace(g, ms=tuple(factor * v for v in g.ms)) for name, g in cuts.items()}
+    return replace(table, grids={**table.grids, **scaled})
+
+
+def _grid(name: str, axes: Axes, ms: Mapping[tuple[str, Point], float]) -> Grid:
+    points = itertools.product(*(a or (0,) for a in axes))
+    if not name.startswith(("cut ", "score ")):
+        return Grid.rising(axes, [ms[name, p] for p in points])
+    kind = name.split()[1]
+    # What scoring and merging add to the attention half of the same widths.
+    added = [
+        max(0.0, ms[name, p] - ms[f"base {kind} {name.split(' ', 2)[2]}", (p[0], *p[-2:])]) for p in points
+    ]
+    return Grid.rising(axes, added, but=1 if name.startswith("cut ") else None)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def finished_ms(model: nn.Module, dense: nn.Module, shape: ModelShape, how: Mapping[str, Any]) -> float:
+    """Milliseconds of a finished model's batch: its share of the dense model's time, times what that is by the table.
+
+    Both are timed in the same rounds, so what else the machine does weighs on both.
+
+    Args:
+        how: `Latency.to_measure`.
+    """
+    timings = time_beside(model, dense, shape, Conditions(**how["conditions"]))
+    return float(how["dense_ms"]) / timings.speedup("model", "dense").median
+
+
+def time_beside(
+    model: nn.Module,
+    dense: nn.Module,
+    shape: ModelShape,
+    conditions: Conditions,
+    *,
+    rounds: int = 25,
+    seconds: float = 10.0,
+) -> Timings:
+    """A finished model and the uncompressed one in interleaved rounds; `model` and `dense`.
+
+    Args:
+        rounds: at most.
+        seconds: start no further round after this long.
+    """
+    device, dtype = torch.device(conditions.device), DTYPES[conditions.precision]
+    size = (conditions.batch, shape.channels, *shape.image_size)
+    images = torch.randn(size, device=device, dtype=dtype)
+    placed = {"model": _converted(model, device, dtype), "dense": _converted(dense, device, dtype)}
+    with _threads(conditions.threads), torch.inference_mode():
+        return interleave(
+            {name: functools.partial(run, images) for name, run in placed.items()},
+            rounds=rounds,
+            warmup=1,
+            min_seconds=0.02,
+            max_seconds=seconds,
+            sync=torch.cuda.synchronize if device.type == "cuda" else None,
+        )
+
+
+def _converted(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy where it would be changed."""
+    weight = next(model.parameters())
+    same = (weight.device.type, weight.dtype) == (device.type, dtype)
+    return (model if same else copy.deepcopy(model).to(device, dtype)).eval()
