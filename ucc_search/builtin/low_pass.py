@@ -13,7 +13,7 @@ from ucc_search.interfaces import TokenView
 _TINY = 1e-12  # keeps all-zero tokens from dividing by zero
 _TAIL = 1e-6
 """Taps of the filter that together are less than this are left out: what float32 rounds away anyway."""
-_WINDOW = 24  # places at a time, when neighbours alone matter; no result depends on it
+_WINDOW = 33  # places at a time, when neighbours alone matter; no result depends on it
 _SHORT, _FEW = 96, 2
 """Up to this length, and with fewer images, a matrix product beat the FFT on two cores; no result depends on it."""
 
