@@ -1,6 +1,7 @@
 """Kill a search at random instants, resume it, and compare it with the same search left in peace.
 
     python benchmarks/chaos.py --kills 20 --seed 0 --out results/chaos.json
+    python benchmarks/chaos.py --kills 10 --seed 0 --executor ray --out results/chaos.json
 
 A tiny model on digits, all rungs of a ladder, one trial at a time. What is killed, always by SIGKILL, is
 by turns at random the command itself, which is then resumed, or the process that measures for it (on
@@ -77,13 +78,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the instants and of what is killed")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
-    parser.add_argument("--out", type=Path, help="JSON file for what was found")
+    parser.add_argument("--out", type=Path, help="JSON file for what was found, by executor; others in it stay")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = compare(Path(folder), arguments.kills, arguments.seed, arguments.executor)
-    text = json.dumps(found, indent=1)
-    print(text)
+    print(json.dumps(found, indent=1))
     if arguments.out:
+        known = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.exists() else {}
+        text = json.dumps({**known, arguments.executor: found}, indent=1)
         arguments.out.write_text(text + "\n", encoding="utf-8")
     expected = found["once"] and found["same_rows"] and len(found["events"]) == arguments.kills
     sys.exit(0 if expected else 1)

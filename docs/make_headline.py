@@ -1,4 +1,4 @@
-"""Write what was measured into the README, from the files under `results/`: `make docs`. A test holds the text to them."""
+"""Write what was measured into the READMEs, from the files under `results/`: `make docs`. A test holds them to it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ METHODS = {"random": "plain random", "tpe": "plain TPE", "random-projected": "ra
 SPACES = {"tokens": "tokens", "tokens-widths": "tokens and widths"}
 
 
-def readme() -> str:
-    """The README with the measured lines between its marks."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
-    lines = [*search(), *quality(), *speed(), *faults()]
+def pages() -> dict[Path, str]:
+    """The pages with the measured lines between their marks."""
+    return {
+        README: written(README, [*search(), *quality(), *speed(), *faults(), *delivery()]),
+        RESULTS / "README.md": written(RESULTS / "README.md", delivery()),
+    }
+
+
+def written(page: Path, lines: list[str]) -> str:
+    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
     text = "".join(f"- {line}\n" for line in lines)
     return f"{before}{MARKS[0]}{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}"
 
@@ -76,12 +82,28 @@ def speed() -> list[str]:
 
 def faults() -> list[str]:
     """Of the search that was killed at random instants."""
-    found = read(RESULTS / "chaos.json")
-    kills = " and ".join(f"the {what} {count} times" for what, count in found["kills"].items())
-    same = "the same front as" if found["same_front"] else "another front than"
-    once = "each trial once" if found["once"] else "trials lost or repeated"
+    lines = []
+    for executor, where in (("local", "in one process"), ("ray", "on Ray")):
+        found = read(RESULTS / "chaos.json")[executor]
+        kills = " and ".join(f"the {what} {count} times" for what, count in found["kills"].items())
+        same = "the same front as" if found["same_front"] else "another front than"
+        once = "each trial once" if found["once"] else "trials lost or repeated"
+        lines.append(
+            f"**Killed {where}** ({kills}, by kill -9) and resumed: {found['trials_killed']} trials, {once}, {same} the "
+            "unkilled run."
+        )
+    return lines
+
+
+def delivery() -> list[str]:
+    """Of the exports of all models whose weights are shipped."""
+    found = read(RESULTS / "exports.json")
+    far = found["largest_difference"]
+    kept = "All" if found["hold"] == found["models"] else f"{found['hold']} of"
     return [
-        f"**Killed** ({kills}, by kill -9) and resumed: {found['trials_killed']} trials, {once}, {same} the unkilled run."
+        f"**Delivery**: {kept} {found['models']} shipped models ({found['on_front']} of them on the front of their run) "
+        f"export to ONNX (logits within {far['onnx']:.1e} of the trial's model) and torch.export ({far['torch-export']:.1e}), "
+        f"and compile as one graph without breaks ({far['compile']:.1e})."
     ]
 
 
@@ -90,7 +112,8 @@ def read(path: Path) -> Any:
 
 
 def main() -> None:
-    README.write_text(readme(), encoding="utf-8")
+    for page, text in pages().items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

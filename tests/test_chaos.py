@@ -138,7 +138,7 @@ def test_each_fault_is_a_row_of_its_class_and_the_run_goes_on(executor, tmp_path
 def test_a_run_killed_at_twenty_instants_ends_as_one_left_in_peace(tmp_path):
     found = tmp_path / "chaos.json"
     subprocess.run([sys.executable, str(CHAOS), "--kills", "20", "--out", str(found)], check=True)
-    summary = json.loads(found.read_text())
+    summary = json.loads(found.read_text())["local"]
     assert len(summary["events"]) == 20
     assert min(summary["kills"].values()) > 0
     assert summary["once"] and summary["same_rows"] and summary["same_front"]
