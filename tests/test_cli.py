@@ -55,7 +55,7 @@ def in_shell(folder: Path, *arguments: str, flags: tuple[str, ...] = ()) -> subp
     """`python -m ucc_search` in a process of its own, its output piped."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(cli.__file__).parent.parent),
+        "PYTHONPATH": str(Path(cli.__file__).parents[2]),
         "UCC_SEARCH_CACHE": str(folder / "cache"),
         "OMP_NUM_THREADS": "1",
     }

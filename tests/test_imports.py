@@ -132,7 +132,7 @@ def test_every_heavy_tool_has_one_door(package):
 
 def test_nothing_below_imports_the_command_line():
     users = {module_of(p) for p in sources() if "cli" in ours(imports(p))}
-    assert users == {"__main__"}
+    assert users - {"cli"} == {"__main__"}
 
 
 def test_modules_import_one_another_in_no_circle():
@@ -145,7 +145,7 @@ def test_modules_import_one_another_in_no_circle():
     assert_no_circle(edges)
 
 
-@pytest.mark.parametrize("package", ["config", "testing"])
+@pytest.mark.parametrize("package", ["cli", "config", "tables", "testing"])
 def test_files_of_a_package_import_one_another_in_no_circle(package):
     dotted = f"ucc_search.{package}."
     files = [p for p in sources() if module_of(p) == package and p.stem != "__init__"]
