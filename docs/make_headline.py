@@ -85,7 +85,7 @@ def faults() -> list[str]:
     lines = []
     for executor, where in (("local", "in one process"), ("ray", "on Ray")):
         found = read(RESULTS / "chaos.json")[executor]
-        kills = " and ".join(f"the {what} {count} times" for what, count in found["kills"].items())
+        kills = ", ".join(f"the {what} {count} times" for what, count in found["kills"].items())
         same = "the same front as" if found["same_front"] else "another front than"
         once = "each trial once" if found["once"] else "trials lost or repeated"
         lines.append(
@@ -98,12 +98,12 @@ def faults() -> list[str]:
 def delivery() -> list[str]:
     """Of the exports of all models whose weights are shipped."""
     found = read(RESULTS / "exports.json")
-    far = found["largest_difference"]
-    kept = "All" if found["hold"] == found["models"] else f"{found['hold']} of"
+    far = {kind: f"within {d:.1e}" if d else "exactly" for kind, d in found["largest_difference"].items()}
+    kept = "all" if found["hold"] == found["models"] else f"{found['hold']} of"
     return [
         f"**Delivery**: {kept} {found['models']} shipped models ({found['on_front']} of them on the front of their run) "
-        f"export to ONNX (logits within {far['onnx']:.1e} of the trial's model) and torch.export ({far['torch-export']:.1e}), "
-        f"and compile as one graph without breaks ({far['compile']:.1e})."
+        f"give the logits of the trial's model as ONNX ({far['onnx']}), by torch.export ({far['torch-export']}) and "
+        f"compiled as one graph without a break ({far['compile']})."
     ]
 
 
