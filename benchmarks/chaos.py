@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the instants and of what is killed")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
-    parser.add_argument("--out", type=Path, help="JSON file for what was found, by executor; others in it stay")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for what was found, by executor; others in it stay"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = compare(Path(folder), arguments.kills, arguments.seed, arguments.executor)
