@@ -3,7 +3,7 @@
 A model's parts are its stem, the attention half and the MLP half of every kind of block, the places
 where tokens are scored and merged, and its head. Each part was timed on a grid of tokens and widths
 (`latency_parts`, `latency_measure`); a plan's latency is the sum of its parts, in between by
-multilinear interpolation, times one factor that makes the sum right for whole models.
+multilinear interpolation, scaled and shifted so that it is right for whole models.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class LatencyTable:
     shape: ModelShape
     conditions: Conditions
     dense_ms: float  # of the whole uncompressed model, for a batch
-    factor: float  # from the sum of parts to a whole model
+    factor: float  # from the sum of parts to a whole model, after which `constant_ms` is added
+    constant_ms: float
     grids: Mapping[str, Grid]
 
     def to_json(self) -> str:
@@ -131,6 +132,7 @@ class LatencyTable:
                 "conditions": asdict(self.conditions),
                 "dense_ms": self.dense_ms,
                 "factor": self.factor,
+                "constant_ms": self.constant_ms,
                 "grids": grids,
             }
         )
@@ -155,6 +157,7 @@ class LatencyTable:
                 Conditions(**data["conditions"]),
                 float(data["dense_ms"]),
                 float(data["factor"]),
+                float(data["constant_ms"]),
                 grids,
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -215,7 +218,7 @@ class Latency(Metric):
             if ms is None:
                 ms = known[key] = self._block(plan, i, biased and i > first, key[-1])
             total += ms
-        return total * self.table.factor
+        return total * self.table.factor + self.table.constant_ms
 
     def to_measure(self) -> dict[str, Any]:
         """What a worker needs to time a finished model as the table was: `conditions` and `dense_ms`."""

@@ -17,7 +17,7 @@ from ucc_search.builtin import default_components
 from ucc_search.config import ModelConfig
 from ucc_search.interfaces import Components
 from ucc_search.latency import Axes, Conditions, Grid, Latency, LatencyTable
-from ucc_search.latency_modules import DTYPES, WHOLE, Parts, Point
+from ucc_search.latency_modules import DTYPES, HALF, WHOLE, Parts, Point, half_depth
 from ucc_search.latency_parts import Layout
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
@@ -48,16 +48,31 @@ def measure_table(
         timings = interleave(
             named, rounds=rounds, warmup=1, min_seconds=0.004, max_seconds=seconds, sync=parts.sync
         )
-    # Whatever else the machine does only ever adds time.
-    ms = {key: 1e3 * min(timings.seconds[repr(key)]) for key in calls}
+    # Ratios from lower quartiles, which a busy machine moves alike; their level from the fastest whole model.
+    level = min(timings.seconds[repr(WHOLE)]) / timings.of(repr(WHOLE)).low
+    ms = {key: 1e3 * level * timings.of(repr(key)).low for key in calls}
     grids = {name: _grid(name, axes, ms) for name, axes in wanted.parts.items()}
-    dense = ms[WHOLE]
-    table = LatencyTable(shape, conditions, dense, 1.0, grids)
-    together = Latency(table).value(CompressionPlan.identity(shape), default_components())
-    table = replace(table, factor=dense / together)
+    table = _right_for_whole_models(LatencyTable(shape, conditions, ms[WHOLE], 1.0, 0.0, grids), ms[HALF])
     for c in wanted.combinations:
         table = _right_for_cuts(table, parts.cutting_everywhere(), parts.components(c), c.key, ms[c.key, ()])
     return table
+
+
+def _right_for_whole_models(table: LatencyTable, half_ms: float) -> LatencyTable:
+    """Scaled and shifted so that the uncompressed model and the one with half of its blocks take what they took.
+
+    What is shifted is what a call takes whatever the model: never negative, and at most a fifth of the whole.
+    """
+    whole, half = (
+        Latency(table).value(plan, default_components())
+        for plan in (CompressionPlan.identity(table.shape), half_depth(table.shape))
+    )
+    constant = 0.0
+    if whole > half:
+        constant = min(
+            max(0.0, half_ms - half * (table.dense_ms - half_ms) / (whole - half)), table.dense_ms / 5
+        )
+    return replace(table, factor=(table.dense_ms - constant) / whole, constant_ms=constant)
 
 
 def _right_for_cuts(
@@ -101,14 +116,21 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def finished_ms(model: nn.Module, dense: nn.Module, shape: ModelShape, how: Mapping[str, Any]) -> float:
+def finished_ms(
+    model: nn.Module, dense: nn.Module, shape: ModelShape, how: Mapping[str, Any]
+) -> float | None:
     """Milliseconds of a finished model's batch: its share of the dense model's time, times what that is by the table.
 
     Both are timed in the same rounds, so what else the machine does weighs on both.
 
     Args:
         how: `Latency.to_measure`.
+
+    Returns:
+        None on a machine without the device that the table is of.
     """
+    if how["conditions"]["device"] == "cuda" and not torch.cuda.is_available():
+        return None
     timings = time_beside(model, dense, shape, Conditions(**how["conditions"]))
     return float(how["dense_ms"]) / timings.speedup("model", "dense").median
 

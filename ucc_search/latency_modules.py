@@ -32,7 +32,7 @@ from ucc_search.plugins import Plugins
 Call = Callable[[], Any]
 Point = tuple[int, ...]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WHOLE = ("whole", ())
+WHOLE, HALF = ("whole", ()), ("half", ())
 
 
 class Parts:
@@ -62,6 +62,8 @@ class Parts:
         whole = build_model(self._config, classes=self.shape.classes, channels=self.shape.channels)
         whole, images = self._placed(whole, fresh=False), self._images()
         yield WHOLE, self._on(whole, images)
+        half = half_depth(self.shape)
+        yield HALF, self._on(assemble(whole, half, default_components(), first_units(half)), images)
         for c in self._wanted.combinations:
             plan, parts = self.cutting_everywhere(), self.components(c)
             cutting = assemble(whole, plan, parts, first_units(plan))
@@ -279,6 +281,13 @@ class Parts:
 
     def _biased(self) -> Components:
         return self.components(next(c for c in self._wanted.combinations if c.biased))
+
+
+def half_depth(shape: ModelShape) -> CompressionPlan:
+    """Every other block, and the first of every stage."""
+    firsts = {shape.stage_of.index(s) for s in shape.stage_of}
+    kept = [i % 2 == 0 or i in firsts for i in range(shape.depth)]
+    return CompressionPlan.identity(shape).replace(attention=kept, mlp=kept)
 
 
 def _one_block_per_kind(model: nn.Module, shape: ModelShape) -> list[int]:

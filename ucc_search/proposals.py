@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ucc_search.budget import Budget
+from ucc_search.budget import LATENCY, Budget
 from ucc_search.config import RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import BudgetError
@@ -183,7 +183,10 @@ class Proposals:
             "kl": row.kl,
         }
         budget = next(b for b in self._budgets if b.label == row.target)
-        measured = Measured(row.params_searched, values, budget.over(row.macs, row.params))
+        over = budget.over(row.macs, row.params)
+        if row.limit_latency_ms is not None and row.latency_ms_predicted is not None:
+            over[LATENCY] = row.latency_ms_predicted / row.limit_latency_ms - 1
+        measured = Measured(row.params_searched, values, over)
         with self._store.writing():
             self._proposers[row.target].tell(measured, attributes)
 
