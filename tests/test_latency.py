@@ -113,9 +113,16 @@ def test_only_what_the_space_moves_has_levels():
     assert (wide["mlp 0"][2][0], wide["mlp 0"][2][-1]) == (192, 768)
     ranked = layout(RANKED, SHAPE, PLUGINS).parts
     assert ranked["attention 0"][0] == (197,)  # keep_all cuts no tokens
-    assert (ranked["attention 0"][3][0], ranked["attention 0"][4][0]) == (16, 32)
+    assert (ranked["attention 0"][3][0], ranked["attention 0"][4]) == (16, ())  # both of one width
+    assert (ranked["uneven attention 0"][3][0], ranked["uneven attention 0"][4][0]) == (16, 32)
     assert ranked["low mlp 0"][3][-1] == 192 * 768 // (192 + 768)
     assert not [name for name in ranked if name.startswith("cut")]
+
+
+def test_tokens_are_measured_off_the_multiples_of_a_vector_but_for_all_of_them():
+    tokens = layout(CONFIG, SHAPE, PLUGINS).parts["attention 0"][0]
+    assert tokens[-1] == 197
+    assert {n % 16 for n in tokens[:-1] if n >= 16} == {8}
 
 
 def test_every_pair_of_components_that_may_meet_is_measured():
@@ -180,7 +187,9 @@ def test_half_blocks_and_ranks_have_prices_of_their_own():
     saved = microseconds("mlp 0", (197, 192, 768)) - microseconds("low mlp 0", (197, 192, 768, 40))
     assert full - low == pytest.approx(saved / 1e3)
     thin = latency.value(DENSE.replace(qk_dim=16, low_rank_attention=True), parts)
-    assert thin < full
+    uneven = table.grids["uneven attention 0"](197, 192, 3, 16, 64)
+    even = table.grids["attention 0"](197, 192, 3, 64, 64)
+    assert full - thin == pytest.approx(12 * (even - uneven))
 
 
 @quickly

@@ -231,6 +231,7 @@ class Latency(Metric):
         ms = 0.0
         if block.attention:
             name = f"{'head ' if only_head else 'biased ' if biased else ''}attention {kind}"
+            name = name if block.qk_dim == block.v_dim else f"uneven {name}"
             ms += self._part(name, shape.prefix_tokens + n_in, dim, block.heads, block.qk_dim, block.v_dim)
         if combination is not None and block.tokens_out < n_in:
             share = round(1000 * block.tokens_out / n_in)

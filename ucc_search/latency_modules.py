@@ -99,7 +99,8 @@ class Parts:
         elif "mlp" in name:
             yield (name, point), self._mlp(int(name.split()[-1]), *point)
         else:
-            yield (name, point), self._attention(int(name.split()[-1]), what, *point)
+            how, uneven = name.removeprefix("uneven ").partition(" ")[0], what == "uneven"
+            yield (name, point), self._attention(int(name.split()[-1]), how, point, uneven=uneven)
 
     # Inputs and modules
 
@@ -163,17 +164,20 @@ class Parts:
         blocks = small.stages[stage].blocks if short.stages else small.blocks
         return self._placed(blocks[0])
 
-    def _attention(self, kind: int, what: str, tokens: int, dim: int, heads: int, qk: int, v: int) -> Call:
-        widths = {"heads": heads, "qk_dim": qk, "v_dim": v or qk}
+    def _attention(self, kind: int, what: str, point: Point, *, uneven: bool = False) -> Call:
+        tokens, dim, heads, qk, v = point
+        v = v or qk
+        if uneven and v == qk:  # nearly the same sizes, on the path of uneven ones
+            qk, v = (qk, v - 1) if v > 1 else (qk + 1, v)
+        widths = {"heads": heads, "qk_dim": qk, "v_dim": v}
         x = self._tokens(tokens, dim)
+        key = (what, kind, dim, *widths.values())
         if self.shape.stages:
-            block = self._once(
-                ("attention", kind, dim, *widths.values()), lambda: self._block(kind, dim, **widths)
-            )
+            block = self._once(key, lambda: self._block(kind, dim, **widths))
             grid = self.shape.stages[self._short.stage_of[kind]].grid
             return lambda: x + block.drop_path1(block.attn(block.norm1(x), grid))
-        if what == "attention" and qk == (v or qk):  # such blocks stay timm's own
-            block = self._once((what, kind, dim, *widths.values()), lambda: self._block(kind, dim, **widths))
+        if what == "attention" and qk == v:  # such blocks stay timm's own
+            block = self._once(key, lambda: self._block(kind, dim, **widths))
             return lambda: x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
         parts = self._biased() if what == "biased" else None
 
@@ -182,7 +186,7 @@ class Parts:
             block.carries = what == "biased"
             return block
 
-        block = self._once((what, kind, dim, *widths.values()), make)
+        block = self._once(key, make)
         return self._on(block, x, self._state(x)) if what == "biased" else self._on(block, x)
 
     def _mlp(self, kind: int, tokens: int, dim: int, hidden: int, rank: int = 0) -> Call:
@@ -219,9 +223,8 @@ class Parts:
         """The attention half that `_site` does more than."""
         full = self._short.blocks[kind]
         tokens = self.shape.prefix_tokens + arriving
-        return self._attention(
-            kind, "biased" if c.biased else "attention", tokens, dim, heads, full.qk_dim, 0
-        )
+        how = "biased" if c.biased else "attention"
+        return self._attention(kind, how, (tokens, dim, heads, full.qk_dim, 0))
 
     def _stem(self, stage: int, before: int, dim: int) -> Call:
         shape = self.shape

@@ -17,7 +17,8 @@ from ucc_search.widths import KINDS, Widths
 
 _TOKENS = (0.0, 0.06, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _ARRIVING = (0.125, 0.25, 0.5, 0.75, 1.0)
-_KEPT = (300, 600, 850, 1000)  # per mille of the arriving tokens; the last stands for all but one
+_KEPT = (100, 300, 600, 850, 1000)  # per mille of the arriving tokens; the last stands for all but one
+_VECTOR = 16
 _LEVELS = {0: 1, 1: 5, 2: 4}
 """Levels of each width, by how many of a part's widths move; three where more do."""
 
@@ -81,14 +82,18 @@ class _Levels:
         ranked = self._moves("qk_rank") or self._moves("v_rank")
         count = self._count("embed", "heads", "attention", "qk_rank", "v_rank")
         heads = self._widths(block.heads, "heads", count=count)
-        query = self._widths(block.qk_dim, "attention", "qk_rank", count=count)
-        # Queries, keys and values are equally wide where they are selected.
-        value = self._widths(block.v_dim, "attention", "v_rank", count=count) if ranked else ()
-        axes = (self._tokens(index), dims, heads, query, value)
+        query, value = (
+            self._widths(block.qk_dim, "attention", k, count=count) for k in ("qk_rank", "v_rank")
+        )
+        even = min(query, value, key=lambda levels: levels[0])
+        start = (self._tokens(index), dims, heads)
         names = ["attention", *(["head attention"] if self.shape.head_tokens else [])]
         names += ["biased attention"] if any(c.biased for c in self._combinations) else []
-        parts: dict[str, Axes] = {f"{name} {kind}": axes for name in names}
-        arriving = tuple(n for n in self._counts(self.shape.tokens, _ARRIVING) if n > 1)
+        # Queries, keys and values are equally wide where they are selected, and on another path where they are not.
+        parts: dict[str, Axes] = {f"{name} {kind}": (*start, even, ()) for name in names}
+        if ranked:
+            parts |= {f"uneven {name} {kind}": (*start, query, value) for name in names}
+        arriving = tuple(n for n in self._counts(index, _ARRIVING) if n > 1)
         ends = [tuple(sorted({a[0], a[-1]})) for a in (dims, heads)]
         for c in self._combinations:
             parts[f"cut {kind} {c.key}"] = (arriving, _KEPT, *ends)
@@ -136,16 +141,24 @@ class _Levels:
 
     def _tokens(self, index: int) -> tuple[int, ...]:
         """All tokens that may arrive at a block."""
-        whole = self.shape.block_tokens[index]
-        counts = self._counts(whole, _TOKENS) if self._combinations else (whole,)
+        counts = (
+            self._counts(index, _TOKENS) if self._combinations else self.shape.block_tokens[index : index + 1]
+        )
         return tuple(self.shape.prefix_tokens + n for n in counts)
+
+    def _counts(self, index: int, shares: Sequence[float]) -> tuple[int, ...]:
+        """Patch tokens at these shares of all.
+
+        Attention takes up to half as long again where vectors of 16 are filled badly, so the times of whole vectors
+        say little about their neighbours. Half a vector more is in the middle of what lies around.
+        """
+        whole, prefix = self.shape.block_tokens[index], self.shape.prefix_tokens
+        exact = (prefix + s * whole for s in shares)
+        typical = (n if n < _VECTOR else _VECTOR * round(n / _VECTOR - 0.5) + _VECTOR // 2 for n in exact)
+        return tuple(sorted({*(min(whole, max(1, round(n - prefix))) for n in typical), whole}))
 
     def _with_head(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted({*tokens, *([self.shape.head_tokens] if self.shape.head_tokens else [])}))
-
-    @staticmethod
-    def _counts(whole: int, shares: Sequence[float]) -> tuple[int, ...]:
-        return tuple(sorted({max(1, round(s * whole)) for s in shares}))
 
 
 def _evenly(low: int, high: int, count: int, step: int) -> tuple[int, ...]:

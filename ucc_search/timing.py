@@ -65,7 +65,7 @@ def interleave(
     *,
     rounds: int = 9,
     warmup: int = 2,
-    min_seconds: float = 0.0,
+    min_seconds: float | Mapping[str, float] = 0.0,
     max_seconds: float = math.inf,
     seed: int = 0,
     sync: Callable[[], Any] | None = None,
@@ -77,7 +77,7 @@ def interleave(
         rounds: how often each is measured; at least 1.
         warmup: unmeasured rounds before; the last of them tells how long one call takes.
         min_seconds: a measurement repeats its call until it should have lasted this long, so that
-            short calls are not drowned by the clock; their mean counts.
+            short calls are not drowned by the clock; their mean counts. One for all, or by name.
         max_seconds: start no further round after this long (one round is always measured).
         seed: of the order within rounds.
         sync: waits until the device is done, for example `torch.cuda.synchronize`.
@@ -90,11 +90,12 @@ def interleave(
             f"{len(calls)} calls, {rounds} rounds, {warmup} warm-ups: expected 1, 1 and 0 or more"
         )
     wait = sync or (lambda: None)
+    least = min_seconds if isinstance(min_seconds, Mapping) else dict.fromkeys(calls, min_seconds)
     repeats = dict.fromkeys(calls, 1)
-    for _ in range(max(warmup, 1 if min_seconds > 0 else 0)):
+    for _ in range(max(warmup, 1 if any(v > 0 for v in least.values()) else 0)):
         for name, call in calls.items():
             took = _seconds(call, 1, wait)
-            repeats[name] = max(1, math.ceil(min_seconds / max(took, 1e-9)))
+            repeats[name] = max(1, math.ceil(least[name] / max(took, 1e-9)))
     order = random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
