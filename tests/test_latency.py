@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ from ucc_search.runner import search
 from ucc_search.schedule import Scheduler, candidate_of
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
+from ucc_search.timing import Timings
 from ucc_search.widths import Widths
 
 PLUGINS = Plugins.load(())
@@ -397,11 +399,19 @@ def test_a_finished_model_is_timed_beside_the_dense_one(measured):
     from ucc_search.models import build_model
 
     config, shape, table = measured
-    dense = build_model(config.model, classes=shape.classes, channels=shape.channels).eval()
-    half = config.model.model_copy(update={"args": {**config.model.args, "depth": 1}})
-    small = build_model(half, classes=shape.classes, channels=shape.channels).eval()
-    ms = latency_measure.finished_ms(small, dense, shape, Latency(table).to_measure())
-    assert 0 < ms < table.dense_ms
+    model = build_model(config.model, classes=shape.classes, channels=shape.channels).eval()
+    beside = latency_measure.time_beside(model, model, shape, table.conditions, rounds=2)
+    assert set(beside.seconds) == {"model", "dense"} and beside.rounds == 2
+
+
+def test_a_finished_model_takes_its_share_of_what_the_dense_one_takes_by_the_table(monkeypatch):
+    rounds = Timings({"model": (1.0, 2.0, 5.0), "dense": (4.0, 4.0, 5.0)})  # 4, 2 and 1 times as fast
+    monkeypatch.setattr(latency_measure, "time_beside", lambda *given: rounds)
+    found = latency_measure.finished_ms(None, None, SHAPE, LATENCIES.to_measure())
+    assert found == pytest.approx(TABLE.dense_ms / 2)
+    elsewhere = {**LATENCIES.to_measure(), "conditions": {**asdict(CONDITIONS), "device": "cuda"}}
+    monkeypatch.setattr(latency_measure.torch.cuda, "is_available", lambda: False)
+    assert latency_measure.finished_ms(None, None, SHAPE, elsewhere) is None
 
 
 def test_pyramids_are_measured_stage_by_stage():
