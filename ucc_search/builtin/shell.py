@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,10 @@ class Shell(Sampler):
     of the token shares and widths of all plans measured so far. First come the known good points and
     a few random ones.
 
-    Where a study covers a range of budgets, its trials go round the budgets, all plans teach one model,
-    and a good plan of one budget, projected onto the next, is a candidate there.
+    Where a study covers a range of budgets, its trials go round the budgets at which there is anything
+    new to find. A quarter of each budget's trials goes to known good points, those first of which the
+    model expects most there; the model learns from the plans of this budget and of its neighbours; and
+    the best plans of these, projected onto this budget, are candidates here.
 
     Args:
         startup: points before the model is asked, known good ones included; 2 or more.
@@ -46,7 +49,10 @@ class Shell(Sampler):
         self._searched = [d for d in request.dimensions if d.name != "budget"]
         levels = next((d for d in request.dimensions if d.name == "budget"), None)
         self._levels = range(int(levels.low), int(levels.high) + 1) if levels else range(1)
-        self._starts = list(request.starts)
+        self._starts = {level: self._starts_of(level) for level in self._levels}
+        each = max(1, request.trials // len(self._levels) // 4)
+        self._tries = {level: each if levels else len(self._starts[level]) for level in self._levels}
+        self._dry: set[int] = set()  # budgets at which all was measured
         self._measured: dict[Key, tuple[Point, float]] = {}
         self._pending: dict[Key, Point] = {}
         self._pool: dict[Key, Point] = {}
@@ -54,10 +60,12 @@ class Shell(Sampler):
         self._turn = 0
 
     def propose(self) -> Point:
-        level = self._levels[_spread(self._turn, len(self._levels))]
-        self._turn += 1
-        point = self._first(level) if len(self._measured) < self.startup or self._starts else None
-        point = point or self._best_candidate(level) or self._random(level)
+        for _ in self._levels:
+            level = self._next_level()
+            point = self._first(level) or self._best_candidate(level) or self._random(level)
+            if self._new(point):
+                break
+            self._dry.add(level)
         self._pending[self._key(point)] = point
         self._pool.pop(self._key(point), None)
         return point
@@ -72,15 +80,44 @@ class Shell(Sampler):
             value = -measured.values[0] if self._request.maximize[0] else measured.values[0]
         self._measured[key] = (point, value)
 
+    def _starts_of(self, level: int) -> list[Point]:
+        """Known good points to try at a budget, those meant for it first; what they leave open is drawn."""
+        starts = []
+        for start in sorted(self._request.starts, key=lambda s: "budget" not in s):
+            if start.get("budget", level) == level:
+                starts.append({**{d.name: _uniform(d, self._rng) for d in self._searched}, **start})
+        return starts
+
+    def _next_level(self) -> int:
+        """Round the budgets, past those at which nothing is left."""
+        while True:
+            level = self._levels[_spread(self._turn, len(self._levels))]
+            self._turn += 1
+            if level not in self._dry or len(self._dry) == len(self._levels):
+                return level
+
     def _first(self, level: int) -> Point | None:
-        """A known good point, or a random one while these are few."""
-        while self._starts:
-            drawn = {d.name: _uniform(d, self._rng) for d in self._searched}
-            start = dict(self._starts.pop(0))
-            point = self._projected({**drawn, **start}, start.pop("budget", level))
+        """A known good point, or a random one while few points are known."""
+        starts = self._starts[level]
+        while starts and self._tries[level] > 0:
+            point = self._projected(starts.pop(self._most_promising(starts, level)), level)
             if point is not None and self._new(point):
+                self._tries[level] -= 1
                 return point
-        return self._random(level) if len(self._measured) + len(self._pending) < self.startup else None
+        few = len(self._measured) + len(self._pending) < self.startup
+        return self._random(level) if few else None
+
+    def _most_promising(self, starts: Sequence[Point], level: int) -> int:
+        """The place of the start to try next at a budget."""
+        if "budget" in starts[0] or len(self._levels) == 1:
+            return 0
+        if len(self._measured) < self.startup:
+            return level % len(starts)  # a different one at every budget
+        import numpy as np
+
+        self._learn(level)
+        points = [self._projected(start, level) or start for start in starts]
+        return int(self._model.predict(np.array([self._features(p) for p in points]))[0].argmin())
 
     def _random(self, level: int) -> Point:
         """A new point anywhere on the shell, if there is one."""
@@ -97,34 +134,47 @@ class Shell(Sampler):
 
         from ucc_search.builtin.surrogate import expected_improvement
 
-        # The model learns from the plans nearest to this budget, the best of them first.
-        known = sorted(self._measured.values(), key=lambda k: (abs(k[0].get("budget", 0) - level), k[1]))
-        known = known[:_TAUGHT] if len(known) > _TAUGHT else list(self._measured.values())
-        if len(known) < 2:
+        if len(self._measured) < 2:
             return None
-        logarithmic = not self._request.maximize[0] and min(v for _, v in known) > 0
-        # Nearly lossless plans of loose budgets would stretch the scale without end.
-        floor = 1e-4 * max(v for _, v in known)
-        y_N = np.array([math.log(max(v, floor)) if logarithmic else v for _, v in known])
-        self._model.fit(np.array([self._features(p) for p, _ in known]), y_N)
-        if self._pending:
-            self._model.extend(np.array([self._features(p) for p in self._pending.values()]))
-        parents = self._parents(known, y_N.tolist(), level)
-        self._grow_pool(parents, level)
+        known, y = self._learn(level)
+        self._grow_pool(self._parents(known, y, level), level)
         pool = [p for p in self._pool.values() if p.get("budget", 0) == level]
         if not pool:
             return None
         x_MD = np.array([self._features(p) for p in pool])
         mean_M, deviation_M = self._model.predict(x_MD)
-        here = [y for (p, _), y in zip(known, y_N.tolist(), strict=True) if p.get("budget", 0) <= level]
-        best = min(here) if here else float(mean_M.min())
+        # What meets a tighter budget meets this one.
+        met = [value for (p, _), value in zip(known, y, strict=True) if p.get("budget", 0) <= level]
+        best = min(met) if met else float(mean_M.min())
         gain_M = expected_improvement(mean_M, deviation_M, best)
         self._trim(pool, gain_M.tolist())
         return pool[int(gain_M.argmax())]
 
+    def _learn(self, level: int) -> tuple[list[tuple[Point, float]], list[float]]:
+        """Teach the model what matters at a budget: the points it learnt from, and their values for it."""
+        import numpy as np
+
+        def away(known: tuple[Point, float]) -> int:
+            return abs(int(known[0].get("budget", level)) - level)
+
+        known = list(self._measured.values())
+        near = [k for k in known if away(k) <= max(1, round(len(self._levels) / 6))]
+        known = near if len(near) >= self.startup else known
+        if len(known) > _TAUGHT:
+            known = sorted(known, key=lambda k: (away(k), k[1]))[:_TAUGHT]
+        logarithmic = not self._request.maximize[0] and min(v for _, v in known) > 0
+        # Nearly lossless plans would stretch the scale without end.
+        nearest = min(away(k) for k in known)
+        floor = 1e-4 * max(k[1] for k in known if away(k) == nearest)
+        y = [math.log(max(v, floor)) if logarithmic else v for _, v in known]
+        self._model.fit(np.array([self._features(p) for p, _ in known]), np.array(y))
+        if self._pending:
+            self._model.extend(np.array([self._features(p) for p in self._pending.values()]))
+        return known, y
+
     def _parents(self, known: Sequence[tuple[Point, float]], y: Sequence[float], level: int) -> list[Point]:
         """The best points, those of this budget first and of its neighbours next."""
-        distance = [abs(p.get("budget", 0) - level) for p, _ in known]
+        distance = [abs(p.get("budget", level) - level) for p, _ in known]
         near = sorted(set(distance))[:2]
         chosen = []
         for away in near:
@@ -133,9 +183,13 @@ class Shell(Sampler):
         return chosen
 
     def _grow_pool(self, parents: Sequence[Point], level: int) -> None:
-        """Changed copies of good points, projected."""
-        if len(self._levels) > 1:
-            self._admit(dict(parents[0]), level)
+        """The two best of each neighbouring budget, and changed copies of good points, projected."""
+        taken: Counter[int] = Counter()
+        for parent in parents:
+            budget = parent.get("budget", level)
+            taken[budget] += 1
+            if budget != level and taken[budget] <= 2:
+                self._admit(parent, level)
         for _ in range(self.candidates):
             # The better a parent, the likelier it is chosen.
             place = min(int(self._rng.expovariate(0.5)), len(parents) - 1)
