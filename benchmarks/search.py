@@ -259,13 +259,13 @@ def front(arguments: argparse.Namespace) -> None:
             continue
         problem = Problem(arguments.space, arguments.cache, whole)
         together = _front_study(problem, seed, arguments.trials)
-        alone = []
+        alone, each = [], arguments.trials // len(FRONT)
         for budget in problem.scheduler.budgets:
             problem.budget = budget
-            values = list(with_sampler("shell", problem, seed, arguments.trials // len(FRONT)))
-            alone.append(best_after(values, len(values)))
-        print(key, together, alone, flush=True)
-        write(arguments.out / "front.json", key, {"budgets": FRONT, "one": together, "separate": alone})
+            alone.append(min(v for v in with_sampler("shell", problem, seed, each) if v is not None))
+        found = {"one": [round(v, 6) for v in together], "separate": [round(v, 6) for v in alone]}
+        print(key, found, flush=True)
+        write(arguments.out / "front.json", key, {"budgets": FRONT, **found})
 
 
 def _front_study(problem: Problem, seed: int, trials: int) -> list[float]:
@@ -305,14 +305,15 @@ def report(arguments: argparse.Namespace) -> None:
         lines += [
             f"## {space}",
             "",
-            "| method | seeds | 25 | 50 | 100 | 200 trials |",
-            "|---|---|---|---|---|---|",
+            "| method | seeds | 25 | 50 | 100 | 200 trials | trials in which `shell` gets as far as with 200 |",
+            "|---|---|---|---|---|---|---|",
         ]
         for method, runs in curves.items():
             cells = [_cell(runs, n) for n in (25, 50, 100, 200)]
-            lines.append(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
+            fewer = "" if method == "shell" else needed(curves, method) or "more than it had"
+            lines.append(f"| {method} | {len(runs)} | {' | '.join(cells)} | {fewer} |")
         for name, kl in sorted(hands.get(space, {}).items(), key=lambda x: x[1]):
-            lines.append(f"| by hand: {name} | 1 | {kl:.4f} | | | |")
+            lines.append(f"| by hand: {name} | 1 | {kl:.4f} | | | | |")
         lines.append("")
         _plot(arguments.out / f"{space}.svg", space, curves, hands.get(space, {}))
     whole = stored(arguments.out / "front.json")
@@ -321,11 +322,39 @@ def report(arguments: argparse.Namespace) -> None:
         lines += ["| space, trials, seed | " + " | ".join(f"{b}%" for b in FRONT) + " |"]
         lines += ["|---|" + "---|" * len(FRONT)]
     for key, found in whole.items():
-        pairs = zip(found["one"], found["separate"], strict=True)
-        lines.append(f"| {key} | " + " | ".join(f"{a:.4f} / {b:.4f}" for a, b in pairs) + " |")
+        lines.append(_front_line(key, found["one"], found["separate"]))
+    groups: dict[str, list[Any]] = {}
+    for key, found in whole.items():
+        groups.setdefault(key.rpartition(" ")[0], []).append(found)
+    for group, members in groups.items():
+        medians = [
+            [statistics.median(column) for column in zip(*(m[side] for m in members), strict=True)]
+            for side in ("one", "separate")
+        ]
+        lines.append(_front_line(f"{group}, median of {len(members)}", *medians))
     text = "\n".join(lines) + "\n"
     (arguments.out / "table.md").write_text(text)
     print(text)
+
+
+def _front_line(name: str, one: Sequence[float], separate: Sequence[float]) -> str:
+    return (
+        f"| {name} | " + " | ".join(f"{a:.4f} / {b:.4f}" for a, b in zip(one, separate, strict=True)) + " |"
+    )
+
+
+def needed(curves: Mapping[str, Sequence[Any]], of: str, trials: int = 200) -> int | None:
+    """After how many trials the median of `shell` is as low as that of another method after `trials`."""
+    ours, theirs = ([r["values"] for r in curves.get(name, ())] for name in ("shell", of))
+    goal = _median(theirs, trials)
+    longest = min(map(len, ours), default=0)
+    return next((n for n in range(1, longest + 1) if _median(ours, n) <= goal < math.inf), None)
+
+
+def _median(runs: Sequence[Sequence[float | None]], trials: int) -> float:
+    """Of the best after so many trials; infinite where there is none in half of the runs, or no run."""
+    found = [best_after(values, trials) for values in runs if len(values) >= trials]
+    return statistics.median([math.inf if v is None else v for v in found]) if found else math.inf
 
 
 def _cell(runs: Sequence[Mapping[str, Any]], trials: int) -> str:

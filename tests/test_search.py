@@ -32,6 +32,8 @@ from ucc_search.schedule import Scheduler
 from ucc_search.scoring import score_units
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
+from ucc_search.live import status_text
+from ucc_search.status import run_status
 from ucc_search.store import RunStore, TrialRow
 
 KINDS = ("scorer", "aggregator", "cascade")
@@ -98,7 +100,7 @@ def test_rows_are_complete(finished):
         assert math.isfinite(row.kl)
         assert row.accuracy is not None
         assert 0 <= row.accuracy <= 1
-        assert row.seconds >= (row.compute_seconds or math.inf)
+        assert row.seconds >= (row.compute_seconds or math.inf) or row.same_as is not None
         assert (row.test_accuracy is not None) == (row.rung == "train")
         trained = row.rung == "train" and row.origin != "dense"
         assert row.fidelity == (2 if trained else 0)
@@ -200,6 +202,62 @@ def test_a_point_that_was_measured_is_not_measured_again(tmp_path, monkeypatch):
     assert max(measured.values()) == 1
 
 
+def test_what_was_measured_is_answered_from_the_store(tmp_path, monkeypatch):
+    """A space of two plans: a baseline has one of them, and the search soon has both; other distillers
+    and budgets that are no tighter than another measure the same without training."""
+    measured = []
+
+    def counting(task, measure=worker.measure):
+        measured.append(task["job"]["plan"])
+        return measure(task)
+
+    monkeypatch.setattr(worker, "measure", counting)
+    fixed = {"scorer": "class_attention", "aggregator": "drop", "cascade": "constant"}
+    config = tiny_config(
+        budget={"macs": ["70%", "100%"]},
+        space={**fixed, "distiller": ["none", "logits"]},
+        search={"trials": 10, "promote": 0},
+        baselines=[{"name": "fixed", **fixed, "distiller": "none"}, {"name": "again", **fixed}],
+    )
+    path = tmp_path / "run"
+    run = search(config, out=path)
+    rows = [r for r in run.rows if r.origin != "dense"]
+    distinct = {r.plan_key for r in rows}
+    assert len(rows) == 2 * 2 + 10
+    assert len(measured) == len(distinct) + 1  # the dense model
+    by_id = {r.id: r for r in rows}
+    answered = [r for r in rows if r.same_as is not None]
+    assert len(answered) == len(rows) - len(distinct)
+    for row in answered:
+        original = by_id[row.same_as]
+        assert (row.plan_key, row.kl, row.accuracy) == (original.plan_key, original.kl, original.accuracy)
+        assert (row.seconds, original.same_as) == (0.0, None)
+    assert run_status(path).answered == len(answered)
+    assert f"{len(answered)} answered" in status_text(run_status(path))
+    journal = (path / "trials.jsonl").read_text().splitlines(keepends=True)
+    (path / "trials.jsonl").write_text("".join(journal[:9]))
+    resumed = search(config, out=path, resume=True)
+    assert [outcome_of(r) for r in resumed.rows] == [outcome_of(r) for r in run.rows]
+    assert [r.same_as for r in resumed.rows] == [r.same_as for r in run.rows]
+
+
+def test_a_proposal_waits_for_the_same_one_in_flight(tmp_path):
+    fixed = {"scorer": "class_attention", "aggregator": "drop", "cascade": "constant"}
+    config = tiny_config(budget={"macs": "70%"}, space=fixed, search={"trials": 3, "promote": 0})
+    plugins, shape = Plugins.load(), model_shape(config)
+    space = SearchSpace.of(config.space, shape, plugins)
+    store = RunStore.create(tmp_path / "run", config, {})
+    campaign = Campaign(config, plugins, Scheduler(config, shape, plugins), space, store)
+    job = campaign.next_job()
+    assert campaign.next_job() is None
+    campaign.finish(job.id, {"state": "failed", "failure": "timeout", "error": "too slow"})
+    again = campaign.next_job()  # a failure answers nothing
+    assert again.plan == job.plan
+    campaign.finish(again.id, {"state": "ok", "kl": 0.5, "accuracy": 0.5})
+    assert campaign.next_job().origin == "dense"
+    assert [(r.id, r.same_as, r.kl) for r in campaign.rows] == [(0, None, None), (1, None, 0.5), (2, 1, 0.5)]
+
+
 # Interruption
 
 
@@ -231,7 +289,9 @@ def test_an_interrupted_run_goes_on_with_every_trial_exactly_once(
     with pytest.raises(Interrupted, match="--resume"):
         search(CONFIG, out=path, log=log)
     before = Run(path).rows
-    assert len(before) == after + (where == "between")
+    # What was answered from the store was not measured.
+    counted = [r for r in before if where == "between" or r.same_as is None]
+    assert len(counted) == after + (where == "between")
     monkeypatch.undo()
     resumed = search(CONFIG, out=path, resume=True)
     assert resumed.rows[: len(before)] == before
@@ -267,7 +327,9 @@ def test_a_full_disk_stops_the_run_in_a_sentence_and_loses_nothing(where, finish
     with pytest.raises(RunError, match=r"run: cannot be written \(.*No space left.*--resume"):
         search(CONFIG, out=path, log=log)
     monkeypatch.undo()
-    assert len(Run(path).rows) == 5
+    kept = Run(path).rows
+    assert len(kept) >= 5
+    assert all(r.same_as is not None for r in kept[5:])
     resumed = search(CONFIG, out=path, resume=True)
     assert [outcome_of(r) for r in resumed.rows] == [outcome_of(r) for r in finished.rows]
 

@@ -51,10 +51,11 @@ class Budget:
         """Whether all limits hold; the cheap ones are asked first."""
         return self.holds(price) and all(x.metric.value(plan, components) <= x.most for x in self.limits)
 
-    def over(self, macs: int, params: int) -> dict[str, float]:
-        """By limit, how far over it a price is, as a share of it; at most 0 is within."""
-        limits = {"macs": (macs, self.max_macs), "params": (params, self.max_params)}
-        return {k: value / most - 1 for k, (value, most) in limits.items() if most is not None}
+    def over(self, plan: CompressionPlan, price: Cost | Price, components: Components) -> dict[str, float]:
+        """By limit, how far over it a plan is, as a share of it; at most 0 is within."""
+        limits = {"macs": (price.macs, self.max_macs), "params": (price.params, self.max_params)}
+        found = {k: value / most - 1 for k, (value, most) in limits.items() if most is not None}
+        return found | {x.name: x.metric.value(plan, components) / x.most - 1 for x in self.limits}
 
 
 def budgets(

@@ -2,14 +2,15 @@
 
 A run measures the baselines and the search's proposals on the lowest rung of its ladder, then the
 proposals that climb on every further rung, and the baselines again on the last. Everything that was
-finished is in the store, so a resumed run goes on from there.
+finished is in the store, so a resumed run goes on from there; and what was measured once on the lowest
+rung is answered from there.
 """
 
 from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -83,6 +84,7 @@ class Campaign:
         store: holds what is already finished.
         starts: points to begin with, by the budget's label, before the hand-made ones.
         observers: are told of every trial that is filed.
+        log: gets a line for each.
     """
 
     def __init__(
@@ -94,8 +96,9 @@ class Campaign:
         store: RunStore,
         starts: Mapping[str, Mapping[str, Any]] | None = None,
         observers: Observers | None = None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._observers = observers or Observers(())
+        self._observers, self._log = observers or Observers(()), log
         self.config, self.plugins, self.scheduler, self.space = config, plugins, scheduler, space
         self.store = store
         self._rows = store.rows()
@@ -103,6 +106,11 @@ class Campaign:
         taken = {r.id for r in self._rows}
         self._ids = (n for n in itertools.count() if n not in taken)
         self._open: dict[int, Job] = {}
+        self._under_way: dict[int, str] = {}  # what the open jobs of the lowest rung measure
+        self._fixed = {b.name: b for b in config.baselines}
+        self._known: dict[str, TrialRow] = {}
+        for row in self._rows:
+            self._remember(row)
         self._levels = levels(config, train_images(config))
         proposed = [r for r in self._rows if _is_proposal(r)]
         self._proposals = Proposals(config, plugins, scheduler, space, store, proposed, starts or {})
@@ -167,7 +175,7 @@ class Campaign:
                         scratch=baseline.weights == "random",
                         factorize=baseline.factorize,
                     )
-                    yield self._timed(level, job)
+                    yield from self._unless_known(self._timed(level, job))
 
     def _proposed(self, level: Level) -> Iterator[Job]:
         for made in self._proposals:
@@ -185,7 +193,29 @@ class Campaign:
                 proposal=made.number,
                 known=made.known,
             )
-            yield self._on(level, job)
+            yield from self._unless_known(self._on(level, job))
+
+    def _unless_known(self, job: Job) -> Iterator[Job | None]:
+        """The job; or nothing, and the values are those of the trial that measured the same."""
+        key = _measurement(self._row(job, {"state": "ok"}), job.factorize, scratch=job.scratch)
+        while key in self._under_way.values():
+            yield None
+        known = self._known.get(key)
+        if known is None:
+            self._under_way[job.id] = key
+            yield job
+            return
+        values = {name: getattr(known, name) for name in ("kl", "accuracy", "test_accuracy", "loss", "latency_ms")}
+        self._file(replace(self._row(job, {"state": "ok", **values}), same_as=known.id), job, {})
+
+    def _remember(self, row: TrialRow) -> None:
+        """Keep a finished trial's values for whatever would measure the same; a failed one is made again."""
+        fixed = self._fixed.get(row.method)
+        if row.state == "failed" or row.same_as is not None or (row.origin == "baseline" and fixed is None):
+            return
+        factorize = fixed.factorize if fixed else self.config.space.factorize
+        key = _measurement(row, factorize, scratch=fixed is not None and fixed.weights == "random")
+        self._known.setdefault(key, row)
 
     def _dense(self) -> Iterator[Job]:
         """The uncompressed model: the reference that every table shows."""
@@ -205,7 +235,7 @@ class Campaign:
         for point in climbers:
             first = rows[point.id]
             same_seed = {rows[trial].seed: trial for trial in point.trials}
-            plan = CompressionPlan.from_json((self.store.folder(point.id) / "plan.json").read_text())
+            plan = self.store.plan(point.id)
             for seed in level.seeds:
                 if (point.id, seed) in done:
                     continue
@@ -262,17 +292,23 @@ class Campaign:
         if outcome.get("failure") == "disk_full":
             raise disk_error(self.store.path, str(outcome.get("error")))
         row = self._row(job, outcome)
+        self._file(row, job, outcome)
+        return row
+
+    def _file(self, row: TrialRow, job: Job, outcome: Mapping[str, Any]) -> None:
         self.store.write_trial(
             job.id, dict(job.params), job.plan, outcome.get("metrics") or (), outcome.get("files")
         )
         self.store.append(row)
         self._rows.append(row)
+        self._remember(row)
+        self._under_way.pop(job.id, None)
         if job.proposal is not None:
             self._proposals.tell(row)
         if job.resume is not None:
             shutil.rmtree(job.resume, ignore_errors=True)
         self._observers.trial_finished(row.to_dict())
-        return row
+        self._log(describe(row))
 
     def _row(self, job: Job, outcome: Mapping[str, Any]) -> TrialRow:
         parts = self.plugins.components(*(job.components[k] for k in INFERENCE_KINDS))
@@ -331,6 +367,19 @@ class Campaign:
         )
 
 
+def _measurement(row: TrialRow, factorize: str, *, scratch: bool) -> str:
+    """Equal for trials that would measure the same thing.
+
+    Without training the distiller plays no part, nor does the budget that a plan was made for. With it
+    they may not be exchanged: each keeps its own weights.
+    """
+    kinds = {*INFERENCE_KINDS, *(["importance"] if row.importance else [])}
+    trained = [row.method, row.target] if row.rung == "train" else []
+    kinds |= {"distiller"} if trained else set()
+    parts = sorted((kind, sorted(ref.items())) for kind, ref in row.components.items() if kind in kinds)
+    return repr([row.plan_key, row.rung, row.fidelity, row.seed, factorize, scratch, *trained, parts])
+
+
 def _is_proposal(row: TrialRow) -> bool:
     return row.origin == "search" and row.parent is None
 
@@ -353,4 +402,7 @@ def describe(row: TrialRow) -> str:
     shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None)
     shown += f"  {row.latency_ms:.3g} ms" if row.latency_ms is not None else ""
     rung = f"{row.rung} (stopped at step {row.fidelity})" if row.state == "stopped" else row.rung
-    return f"[{row.id}] {row.method} {row.target} {rung}: {shown}  ({100 * row.macs_ratio:.1f}% of MACs)"
+    known = "" if row.same_as is None else f", the same as trial {row.same_as}"
+    return (
+        f"[{row.id}] {row.method} {row.target} {rung}: {shown}  ({100 * row.macs_ratio:.1f}% of MACs{known})"
+    )

@@ -40,7 +40,7 @@ def remember(rows: Sequence[TrialRow], config: RunConfig) -> None:
         measured = [
             row.seconds / (row.macs * _images(row.rung, row.fidelity, config) / 1e9)
             for row in rows
-            if row.rung == rung and row.state == "ok" and row.origin != "dense"
+            if row.rung == rung and row.state == "ok" and row.origin != "dense" and row.same_as is None
         ]
         if measured:
             known[_key(rung, config)] = statistics.median(measured)

@@ -74,6 +74,7 @@ def status_line(status: Status) -> str:
     done = ", ".join(f"{r.done}/{r.planned} {r.name}" for r in status.rungs)
     best = "; ".join(f"{b.target} {_value(b, b.search)}" for b in _newest(status.best) if b.search)
     parts = [f"{status.name}: {done}", f"best {best}" if best else "", left_text(status)]
+    parts.append(answered_text(status))
     parts.append(f"failed: {failures_text(status.failures)}" if status.failures else "")
     return "; ".join(filter(None, parts))
 
@@ -87,6 +88,8 @@ def status_text(status: Status) -> str:
     for best in status.best:
         fixed = f", {best.baseline_name} {_value(best, best.baseline)}" if best.baseline else ""
         lines.append(f"  best {best.rung} at {best.target}: search {_value(best, best.search)}{fixed}")
+    if status.answered:
+        lines.append(f"  {answered_text(status)}")
     if status.failures:
         lines.append(f"  failed: {failures_text(status.failures)}")
     return "\n".join(lines)
@@ -110,9 +113,15 @@ def status_table(status: Status) -> RenderableType:
             fixed = f"{b.baseline_name} {_value(b, b.baseline)}" if b.baseline else "-"
             best.add_row(Text(b.target), Text(b.rung), _value(b, b.search), Text(fixed))
         parts.append(best)
+    if status.answered:
+        parts.append(Text(answered_text(status)))
     if status.failures:
         parts.append(Text(f"failed: {failures_text(status.failures)}"))
     return Group(*parts)
+
+
+def answered_text(status: Status) -> str:
+    return f"{status.answered} answered from the store" if status.answered else ""
 
 
 def left_text(status: Status) -> str:

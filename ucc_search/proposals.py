@@ -16,7 +16,14 @@ from ucc_search.budget import LATENCY, Budget
 from ucc_search.config import RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import BudgetError
-from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Dimension, Measured, SamplerRequest
+from ucc_search.interfaces import (
+    INFERENCE_KINDS,
+    ComponentRef,
+    Components,
+    Dimension,
+    Measured,
+    SamplerRequest,
+)
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
@@ -161,10 +168,13 @@ class Proposals:
         """
         if budget.limits:
             return True
-        parts = self._plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
+        parts = self._parts(candidate)
         return budget.max_macs is None or cost(plan, parts).macs >= _SPENT * min(
             budget.max_macs, cost(self._scheduler.largest(candidate), parts).macs
         )
+
+    def _parts(self, candidate: Candidate) -> Components:
+        return self._plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
 
     def tell(self, row: TrialRow) -> None:
         """Learn from a measured proposal, and see that the study on disk has it."""
@@ -183,9 +193,11 @@ class Proposals:
             "kl": row.kl,
         }
         budget = next(b for b in self._budgets if b.label == row.target)
-        over = budget.over(row.macs, row.params)
+        plan = self._store.plan(row.id)
+        parts = self._parts(self._space.decode(row.params_searched))
+        over = budget.over(plan, cost(plan, parts), parts)
         if row.limit_latency_ms is not None and row.latency_ms_predicted is not None:
-            over[LATENCY] = row.latency_ms_predicted / row.limit_latency_ms - 1
+            over[LATENCY] = row.latency_ms_predicted / row.limit_latency_ms - 1  # by the table of that day
         measured = Measured(row.params_searched, values, over)
         with self._store.writing():
             self._proposers[row.target].tell(measured, attributes)

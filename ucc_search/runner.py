@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ucc_search import estimate, supervisor
 from ucc_search.analysis import failure_classes, lost_search, pareto_front, usable
 from ucc_search.binding import bind
-from ucc_search.campaign import Campaign, describe
+from ucc_search.campaign import Campaign
 from ucc_search.checkpoints import remember_loaded, was_loaded
 from ucc_search.config import RunConfig, plain_config
 from ucc_search.environment import environment
@@ -103,7 +103,7 @@ def search(
         observers.run_started(path, plain_config(config))
         try:
             starts = _chosen_ranks(config, here, space, scheduler, store, log)
-            campaign = Campaign(config, plugins, scheduler, space, store, starts, observers)
+            campaign = Campaign(config, plugins, scheduler, space, store, starts, observers, log)
             parcel = Parcel.of(config, plugins, folders_of_teacher(config))
             if config.search.executor == "ray":
                 from ucc_search.tuning import run_on_ray
@@ -231,7 +231,7 @@ def _run_here(campaign: Campaign, parcel: Parcel, log: Log) -> None:
             job = campaign.next_job()
             assert job is not None, "one job at a time leaves none in flight"
             outcome = supervisor.measure_again({**common, "job": job.to_dict()}, log)
-            log(describe(campaign.finish(job.id, outcome)))
+            campaign.finish(job.id, outcome)
 
 
 def exit_code(run: Run) -> int:

@@ -149,7 +149,9 @@ class SearchSpace:
             dict.fromkeys(ranges, 0.7),
             *([{n: 0.5 if n in hidden else 1.0 for n in ranges}] if 0 < len(hidden) < len(ranges) else []),
         ]
-        return [{_WIDTH + n: min(max(v, ranges[n].low), ranges[n].high) for n, v in p.items()} for p in shapes]
+        return [
+            {_WIDTH + n: min(max(v, ranges[n].low), ranges[n].high) for n, v in p.items()} for p in shapes
+        ]
 
     def _known_schedules(self) -> list[dict[str, float]]:
         """Keep ratios: geometric, staged, early and late cuts."""

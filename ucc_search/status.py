@@ -56,6 +56,8 @@ class Status:
     rungs: tuple[RungStatus, ...]
     best: tuple[Best, ...]
     failures: Mapping[str, int] = field(default_factory=dict)
+    answered: int = 0
+    """Trials whose values are those of an earlier one that measured the same."""
     left: float | None = None
     """Until all rungs are done, as far as they can be judged; None before the first can be."""
     more: bool = False
@@ -77,6 +79,7 @@ def status_of(config: RunConfig, rows: Sequence[TrialRow], state: str = "running
         rungs,
         _best(found),
         failures_by_class(rows),
+        answered=sum(r.same_as is not None for r in rows),
         left=sum(known) if known else None,
         more=len(known) < len(rungs),
     )

@@ -76,6 +76,7 @@ class TrialRow:
     parent: int | None = None  # the trial of the rung below that this one was promoted from
     proposal: int | None = None  # its number among the search's proposals
     known: int | None = None  # how many proposals had been measured when it was made
+    same_as: int | None = None  # the trial that had measured the same: its values are these, nothing was run
     continued: int = 0  # optimiser steps taken over from the rung below
     failure: str | None = (
         None  # nan_loss, not_finite, out_of_memory, timeout, worker_died, user_error or error
@@ -291,6 +292,10 @@ class RunStore:
 
     def folder(self, trial: int) -> Path:
         return self.path / "trials" / str(trial)
+
+    def plan(self, trial: int) -> CompressionPlan:
+        """What a finished trial measured."""
+        return CompressionPlan.from_json((self.folder(trial) / "plan.json").read_text(encoding="utf-8"))
 
     def write_trial(
         self,

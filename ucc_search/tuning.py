@@ -16,7 +16,7 @@ from ray import tune
 from ray.tune import Callback, ProgressReporter
 from ray.tune.search import Searcher
 
-from ucc_search.campaign import Campaign, Job, describe
+from ucc_search.campaign import Campaign, Job
 from ucc_search.cluster import Placement, at_once, nodes, placement
 from ucc_search.errors import UserError
 from ucc_search.parcel import Parcel
@@ -134,11 +134,9 @@ class CampaignSearcher(Searcher):
                 return
             result = {"state": "failed", "failure": "worker_died", "error": "the worker process ended"}
         try:
-            row = self._campaign.finish(flight.job.id, {**result, "files": dict(files)})
+            self._campaign.finish(flight.job.id, {**result, "files": dict(files)})
         except UserError as problem:
             self.problem = self.problem or problem
-            return
-        self._log(describe(row))
 
     def _made_again(self, flight: _Flight) -> bool:
         """Whether a job whose worker died goes back into the queue."""

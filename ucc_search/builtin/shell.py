@@ -13,6 +13,8 @@ from ucc_search.interfaces import Dimension, Measured, Sampler, SamplerRequest
 Point = dict[str, Any]
 Key = tuple[Any, ...]
 _POOL = 400
+_LOSSLESS = 1e-5
+"""A plan that loses less than this share of what the worst loses ends the search at its budget."""
 _TAUGHT = 256
 """Points at most that the model learns from: its time grows with their cube."""
 
@@ -52,7 +54,7 @@ class Shell(Sampler):
         self._starts = {level: self._starts_of(level) for level in self._levels}
         each = max(1, request.trials // len(self._levels) // 4)
         self._tries = {level: each if levels else len(self._starts[level]) for level in self._levels}
-        self._dry: set[int] = set()  # budgets at which all was measured
+        self._dry: set[int] = set()  # budgets at which nothing is left to find
         self._measured: dict[Key, tuple[Point, float]] = {}
         self._pending: dict[Key, Point] = {}
         self._pool: dict[Key, Point] = {}
@@ -79,6 +81,9 @@ class Shell(Sampler):
         else:
             value = -measured.values[0] if self._request.maximize[0] else measured.values[0]
         self._measured[key] = (point, value)
+        worst = max(v for _, v in self._measured.values())
+        if not self._request.maximize[0] and value < _LOSSLESS * worst:
+            self._dry.add(point.get("budget", 0))
 
     def _starts_of(self, level: int) -> list[Point]:
         """Known good points to try at a budget, those meant for it first; what they leave open is drawn."""
@@ -163,9 +168,10 @@ class Shell(Sampler):
         if len(known) > _TAUGHT:
             known = sorted(known, key=lambda k: (away(k), k[1]))[:_TAUGHT]
         logarithmic = not self._request.maximize[0] and min(v for _, v in known) > 0
-        # Nearly lossless plans would stretch the scale without end.
+        # Nearly lossless plans would stretch the scale without end, and so would those of looser budgets.
         nearest = min(away(k) for k in known)
-        floor = 1e-4 * max(k[1] for k in known if away(k) == nearest)
+        here = [k[1] for k in known if away(k) == nearest]
+        floor = max(1e-4 * max(here), 0.1 * min(here))
         y = [math.log(max(v, floor)) if logarithmic else v for _, v in known]
         self._model.fit(np.array([self._features(p) for p, _ in known]), np.array(y))
         if self._pending:
