@@ -22,6 +22,7 @@ from ucc_search.data import load_data
 from ucc_search.errors import ConfigError, PlanError, PluginError, RunError
 from ucc_search.interfaces import ComponentRef
 from ucc_search.ladder import climbing, levels
+from ucc_search.live import status_text
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
@@ -32,7 +33,6 @@ from ucc_search.schedule import Scheduler
 from ucc_search.scoring import score_units
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
-from ucc_search.live import status_text
 from ucc_search.status import run_status
 from ucc_search.store import RunStore, TrialRow
 

@@ -147,7 +147,7 @@ class Campaign:
         while self._open:
             yield None
 
-    def _baselines(self, level: Level) -> Iterator[Job]:
+    def _baselines(self, level: Level) -> Iterator[Job | None]:
         """Fixed methods are measured without training and trained to the end; nothing stops them halfway."""
         if level.stops:
             return
@@ -177,7 +177,7 @@ class Campaign:
                     )
                     yield from self._unless_known(self._timed(level, job))
 
-    def _proposed(self, level: Level) -> Iterator[Job]:
+    def _proposed(self, level: Level) -> Iterator[Job | None]:
         for made in self._proposals:
             candidate = made.candidate
             job = Job(
@@ -205,8 +205,9 @@ class Campaign:
             self._under_way[job.id] = key
             yield job
             return
-        values = {name: getattr(known, name) for name in ("kl", "accuracy", "test_accuracy", "loss", "latency_ms")}
-        self._file(replace(self._row(job, {"state": "ok", **values}), same_as=known.id), job, {})
+        measured = ("kl", "accuracy", "test_accuracy", "loss", "latency_ms")
+        values = {name: getattr(known, name) for name in measured}
+        self._file(self._row(job, {"state": "ok", "same_as": known.id, **values}), job, {})
 
     def _remember(self, row: TrialRow) -> None:
         """Keep a finished trial's values for whatever would measure the same; a failed one is made again."""
@@ -360,6 +361,7 @@ class Campaign:
             parent=job.parent,
             proposal=job.proposal,
             known=job.known,
+            same_as=outcome.get("same_as"),
             continued=outcome.get("continued", 0),
             seconds=outcome.get("seconds", 0.0),
             compute_seconds=outcome.get("compute_seconds", 0.0),
