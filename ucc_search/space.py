@@ -139,18 +139,17 @@ class SearchSpace:
         return high
 
     def _known_widths(self) -> list[dict[str, float]]:
-        """All but the embedding and the depth, which every layer depends on; all alike; hidden units alone."""
+        """All alike; and all alike but for the embedding and the depth, which every layer depends on."""
         ranges = self.widths.searched()
         if not ranges:
             return []
-        hidden = {n for n in ranges if n.startswith("mlp.")}
-        shapes = [
-            {n: 1.0 if n.startswith(("embed", "depth")) else 0.6 for n in ranges},
-            dict.fromkeys(ranges, 0.7),
-            *([{n: 0.5 if n in hidden else 1.0 for n in ranges}] if 0 < len(hidden) < len(ranges) else []),
-        ]
+        alike = {_WIDTH + name: max(0.7, r.low) for name, r in ranges.items()}
+        inner = {
+            _WIDTH + name: r.high if name.startswith(("embed", "depth")) else max(0.6, r.low)
+            for name, r in ranges.items()
+        }
         return [
-            {_WIDTH + n: min(max(v, ranges[n].low), ranges[n].high) for n, v in p.items()} for p in shapes
+            {k: min(v, ranges[k.removeprefix(_WIDTH)].high) for k, v in p.items()} for p in (inner, alike)
         ]
 
     def _known_schedules(self) -> list[dict[str, float]]:
