@@ -258,6 +258,26 @@ def test_a_proposal_waits_for_the_same_one_in_flight(tmp_path):
     assert [(r.id, r.same_as, r.kl) for r in campaign.rows] == [(0, None, None), (1, None, 0.5), (2, 1, 0.5)]
 
 
+def test_a_range_of_budgets_with_baselines_and_a_trained_rung(tmp_path):
+    """One study; baselines at every budget; fronts of as many as the budgets would send one by one climb."""
+    config = tiny_config(
+        budget={"macs": {"low": "40%", "high": "80%", "step": "20%"}},
+        search={"trials": 9, "promote": 1},
+        baselines=[{"name": "random", "cascade": {"name": "geometric", "first_block": 0}}],
+    )
+    run = search(config, out=tmp_path / "run")
+    targets = {"macs=40%", "macs=60%", "macs=80%"}
+    assert all(r.state == "ok" and r.feasible for r in run.rows if r.origin != "dense")
+    assert Counter(r.rung for r in run.rows if r.origin == "baseline") == {"zero-shot": 3, "train": 3}
+    assert {r.target for r in first_rung(run)} == targets
+    assert len(first_rung(run)) == 9
+    climbed = [r for r in run.rows if r.parent is not None]
+    assert 1 <= len(climbed) <= 3
+    assert len({r.parent for r in climbed}) == len(climbed)
+    assert Counter(r.rung for r in run.rows if r.origin != "dense") == estimate.jobs(config)
+    assert pareto_front(run.rows)
+
+
 # Interruption
 
 
