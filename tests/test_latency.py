@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latencies import CONDITIONS, microseconds, table_by_hand
+from rows import row
 from shapes import deit_shape, pvt_shape
 from tiny import tiny_config, write_space
 from typer.testing import CliRunner
 
 from ucc_search import latency_measure
+from ucc_search.analysis import pareto_front
 from ucc_search.budget import LATENCY, Budget, Limit, budgets, project
 from ucc_search.cli import app
 from ucc_search.costs import cost
@@ -29,6 +31,7 @@ from ucc_search.runner import search
 from ucc_search.schedule import Scheduler, candidate_of
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
+from ucc_search.store import RunStore
 from ucc_search.timing import Timings
 from ucc_search.widths import Widths
 
@@ -547,8 +550,22 @@ def test_a_run_stays_within_its_latency_and_times_what_it_finishes(tmp_path):
     trained = next(r for r in found if r.rung == "train")
     job = json.loads((run.path / "trials" / str(trained.id) / "job.json").read_text())
     assert job["latency"] == Latency(table).to_measure()  # all that is needed to measure the trial again
+    shown = CliRunner().invoke(app, ["analyze", str(run.path)]).stdout
+    assert "ms (by table)" in shown
+    point = pareto_front(run.rows)[0]
+    assert f"{point.latency_ms:.3g} ({point.latency_ms_predicted:.3g})" in shown
     resumed = search(config, out=tmp_path / "run", resume=True)
     assert len(resumed.rows) == len(run.rows)
+
+
+@pytest.mark.parametrize(("ms", "late"), [(2.0, False), (2.09, False), (2.2, True)])
+def test_models_that_took_clearly_more_than_their_limit_are_named(ms, late, tmp_path):
+    store = RunStore.create(tmp_path / "run", tiny_config(latency={}), {})
+    for number, took in enumerate((1.9, ms)):
+        store.append(row(number, latency_ms=took, latency_ms_predicted=1.95, limit_latency_ms=2.0))
+    shown = CliRunner().invoke(app, ["analyze", str(store.path)]).stdout
+    assert ("Latency: 1 of 2 finished models took over 5 % more than their limit" in shown) is late
+    assert (f"trial 1 ({ms:.3g} of 2 ms)" in shown) is late
 
 
 def test_latencies_may_be_recorded_without_a_limit(tmp_path):
