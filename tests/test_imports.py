@@ -145,7 +145,7 @@ def test_modules_import_one_another_in_no_circle():
     assert_no_circle(edges)
 
 
-@pytest.mark.parametrize("package", ["cli", "config", "plan", "tables", "testing"])
+@pytest.mark.parametrize("package", ["analysis", "cli", "config", "plan", "tables", "testing"])
 def test_files_of_a_package_import_one_another_in_no_circle(package):
     dotted = f"ucc_search.{package}."
     files = [p for p in sources() if module_of(p) == package and p.stem != "__init__"]
