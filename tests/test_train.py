@@ -165,6 +165,14 @@ def test_deepspeed_gets_the_batch_sizes_it_checks():
 # What training does
 
 
+def test_training_leaves_the_processor_as_it_was():
+    smallest, seen = sys.float_info.min, []
+    fit(loss_module(), digits().train, config(), seed=0, before_step=lambda _: seen.append(smallest / 2))
+    assert seen
+    assert not any(seen), "numbers below the smallest normal one are slow in training"
+    assert smallest / 2 > 0
+
+
 def test_runs_repeat_by_seed():
     first = losses()
     assert first == losses()

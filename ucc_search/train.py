@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -66,6 +67,18 @@ def device_for_training() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@contextlib.contextmanager
+def _subnormals_flushed() -> Iterator[None]:
+    """Small loss weights can drive Adam's second moments below the smallest normal float, where a CPU is several
+    times slower. What else runs in this process afterwards gets torch's default back."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@_subnormals_flushed()
 def fit(
     module: nn.Module,
     images: ImageSet,
@@ -97,9 +110,6 @@ def fit(
     """
     worker = worker or Worker()
     device = device_for_training()
-    # Small loss weights can drive Adam's second moments below the smallest normal float, where a CPU
-    # is several times slower.
-    torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     total = config.total_steps(len(images))
     module.to(device).train()
