@@ -68,11 +68,7 @@ def quality() -> list[str]:
 
     tested = {p.id: p.test_accuracy for p in measured(run.rows, "train") if p.test_accuracy is not None}
     best, *others = found
-    saved = (
-        json.loads(front.loc[best.id, "saved"])
-        if isinstance(front.loc[best.id, "saved"], str)
-        else front.loc[best.id, "saved"]
-    )
+    saved = front.loc[best.id, "saved"]
     shares = ", ".join(f"{name} {100 * part:.0f} %" for name, part in saved.items() if part >= 0.005)
     level = ", ".join(f"{s.method} {test(s)}" for s in others if s.verdict == "not told apart")
     behind = ", ".join(f"{s.method} {test(s)}" for s in others if s.verdict == "behind")

@@ -19,6 +19,7 @@ from ucc_search.errors import RunError
 from ucc_search.runs import Run
 from ucc_search.store import RunStore, TrialRow
 from ucc_search.tables import analysis_json, compact_tokens, pick_message, print_analysis
+from ucc_search.units import target_order
 
 light = settings(max_examples=60, deadline=None)
 clouds = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=1, max_size=14).map(
@@ -210,9 +211,9 @@ def test_methods_are_compared_within_a_budget():
     ]
     compared = analysis.compare_methods(rows)
     assert [(p.target, p.method, p.id) for p in compared] == [
+        ("macs=75%", "evit", 3),
         ("macs=50%", "search", 1),
         ("macs=50%", "evit", 2),
-        ("macs=75%", "evit", 3),
     ]
 
 
@@ -361,3 +362,9 @@ def test_tokens_are_drawn_together():
     assert compact_tokens([49, 49, 25, 16, 16, 16]) == "49x2 25 16x3"
     assert compact_tokens([7]) == "7"
     assert compact_tokens([]) == ""
+
+
+def test_budgets_are_ordered_by_what_they_limit_and_the_loosest_first():
+    labels = ["macs=50%", "latency_ms=7", "macs=600M", "macs=7.5%", "macs=2.1G", "dense", "macs=70%"]
+    ordered = sorted(labels, key=target_order)
+    assert ordered == ["dense", "latency_ms=7", "macs=2.1G", "macs=600M", "macs=70%", "macs=50%", "macs=7.5%"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import platform
 import tempfile
 from collections import defaultdict
@@ -170,6 +171,8 @@ def profile_groups(model: nn.Module, images: Tensor, calls: int = 3) -> dict[str
     What a scorer or an aggregator does is theirs, whatever the operation; the attention map that some
     scorers need is part of attention.
     """
+    # Its marks and its word that there is no GPU would go to the terminal.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if images.is_cuda else [])

@@ -14,6 +14,7 @@ from ucc_search.analysis import failures_by_class
 from ucc_search.config import RunConfig
 from ucc_search.errors import RunError
 from ucc_search.store import RunStore, TrialRow
+from ucc_search.units import target_order
 
 FINISHED = ".finished"
 """In the run folder: nothing is left to do."""
@@ -146,7 +147,8 @@ def _best(found: Mapping[str, Sequence[TrialRow]]) -> tuple[Best, ...]:
             if row.state != "failed" and row.feasible:
                 by_target[row.target].append(row)
         measure = "KL" if rung == "zero-shot" else "accuracy"
-        for target, members in by_target.items():
+        for target in sorted(by_target, key=target_order):
+            members = by_target[target]
             ours, fixed = (
                 _first([r for r in members if (r.origin == "search") is searched], measure)
                 for searched in (True, False)

@@ -39,3 +39,12 @@ def format_macs(macs: int) -> str:
 def format_params(params: int) -> str:
     """For example `5.72 M parameters` or `97.5 k parameters`."""
     return f"{params / 1e6:.2f} M parameters" if params >= 10**6 else f"{params / 1e3:.1f} k parameters"
+
+
+def target_order(label: str) -> tuple[str, bool, Decimal]:
+    """Sorts the labels of budgets (`macs=50%`): by what they limit, amounts before shares, the loosest first."""
+    name, _, value = label.partition(",")[0].partition("=")
+    match = _AMOUNT.fullmatch(value.removesuffix("%"))
+    # The uncompressed model is measured under no budget.
+    amount = Decimal(match[1].replace("_", "")) * _FACTORS[match[2].lower()] if match else Decimal(0)
+    return name, value.endswith("%"), -amount

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ucc_search.errors import RunError
 from ucc_search.store import TrialRow
+from ucc_search.units import target_order
 
 RUNGS = ("train", "zero-shot")  # most expensive first
 QUALITIES = ("accuracy", "kl")
@@ -173,5 +174,4 @@ def compare_methods(rows: Iterable[TrialRow], rung: str | None = None) -> list[P
         key = (point.target, point.method)
         if key not in best or quality(point) > quality(best[key]):
             best[key] = point
-    targets = list(dict.fromkeys(target for target, _ in best))
-    return sorted(best.values(), key=lambda p: (targets.index(p.target), -quality(p)))
+    return sorted(best.values(), key=lambda p: (target_order(p.target), -quality(p)))
