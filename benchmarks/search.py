@@ -318,7 +318,7 @@ def report(arguments: argparse.Namespace) -> None:
         _plot(arguments.out / f"{space}.svg", space, curves, hands.get(space, {}))
     whole = stored(arguments.out / "front.json")
     if whole:
-        lines += ["## one study of the whole front against five", ""]
+        lines += ["## one study of the whole front / five separate ones of a fifth of its trials", ""]
         lines += ["| space, trials, seed | " + " | ".join(f"{b}%" for b in FRONT) + " |"]
         lines += ["|---|" + "---|" * len(FRONT)]
     for key, found in whole.items():

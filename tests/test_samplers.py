@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from tiny import tiny_config
 
 from ucc_search.errors import UserError
 from ucc_search.interfaces import ComponentRef, Dimension, Measured, SamplerRequest
 from ucc_search.plugins import Plugins
+from ucc_search.runner import search
 
 PLUGINS = Plugins.load(entry_points=False, environment=False)
 KEEP = [Dimension(f"keep.{i}", 0.2, 1.0) for i in range(4)]
@@ -51,6 +53,18 @@ def test_every_sampler_measures_the_known_good_points_first_and_repeats_with_its
     points, values = run(name, 9, starts=[start])
     assert points[0] == pytest.approx(project(start))
     assert (points, values) == run(name, 9, starts=[start])
+
+
+@pytest.mark.parametrize("name", ["shell", "random", "tpe", "nsga2", "nsga3", "gp", "grid", "cmaes"])
+def test_every_sampler_carries_a_whole_search(name, tmp_path):
+    if name == "cmaes":
+        pytest.importorskip("cmaes")
+    config = tiny_config(
+        budget={"macs": "60%"}, baselines=[], search={"trials": 6, "promote": 0, "sampler": name}
+    )
+    rows = [r for r in search(config, out=tmp_path / "run").rows if r.origin == "search"]
+    assert len(rows) == 6
+    assert all(r.state == "ok" and r.feasible for r in rows)
 
 
 def test_shell_finds_in_thirty_trials_what_random_does_not_in_ninety():

@@ -278,6 +278,27 @@ def test_a_range_of_budgets_with_baselines_and_a_trained_rung(tmp_path):
     assert pareto_front(run.rows)
 
 
+def test_targets_of_parameters_are_one_study_or_a_list(tmp_path):
+    config = tiny_config(
+        budget={"macs": None, "params": {"low": "60%", "high": "90%", "step": "15%"}},
+        space={"cascade": "keep_all", "widths": {"mlp": {"low": 0.25}, "attention": {"low": 0.5}}},
+        search={"trials": 6, "promote": 1},
+    )
+    run = search(config, out=tmp_path / "run")
+    rows = [r for r in run.rows if r.origin != "dense"]
+    dense = next(r for r in run.rows if r.origin == "dense")
+    for row in rows:
+        assert row.state == "ok"
+        assert row.params <= dense.params * float(row.target.removeprefix("params=").rstrip("%")) / 100
+    assert {r.target for r in rows if r.parent is None} == {"params=60%", "params=75%", "params=90%"}
+    assert tiny_config(budget={"macs": None, "params": ["60%", "90%"]}).budget.targets() == (
+        "params",
+        ("60%", "90%"),
+    )
+    with pytest.raises(ConfigError, match="lists several targets of params beside macs"):
+        tiny_config(budget={"macs": "50%", "params": ["60%", "90%"]})
+
+
 # Interruption
 
 

@@ -69,7 +69,8 @@ def budgets(
     Raises:
         BudgetError: a value is neither a percentage nor an amount.
     """
-    params = None if config.params is None else _limit(config.params, dense.params, "budget.params")
+    one = config.params_limit
+    params = None if one is None else _limit(one, dense.params, "budget.params")
     limits = limits or {}
 
     def limit(name: str, value: str | float, section: str = "budget.metrics") -> Limit:
@@ -86,9 +87,14 @@ def budgets(
         ]
     others += timed
     if not targets:
-        given = {"params": config.params} if config.params is not None else config.metrics
-        label = ",".join(f"{name}={_text(value)}" for name, value in given.items())
-        return [Budget(label, None, params, tuple(others))]
+        label = ",".join(f"{name}={_text(value)}" for name, value in config.metrics.items())
+        return [Budget(label, None, None, tuple(others))]
+    if metric == "params":
+        weights = [_limit(v, dense.params, "budget.params") for v in targets]
+        return [
+            Budget(f"params={_text(v)}", None, w, tuple(others))
+            for v, w in zip(targets, weights, strict=True)
+        ]
     per_mac = 2 if metric == "flops" else 1
     most = [_limit(v, per_mac * dense.macs, f"budget.{metric}") // per_mac for v in targets]
     return [

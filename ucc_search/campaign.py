@@ -231,7 +231,9 @@ class Campaign:
         done = {(r.parent, r.seed) for r in self._rows if r.parent is not None}
         rows = {r.id: r for r in self._rows}
         budgets = {b.label: b for b in self.scheduler.budgets}
-        climbers = climbing(self._rows, below, level.keep, together=self.config.budget.one_study)
+        # Fronts are of MACs: budgets of parameters send their own best, one by one.
+        together = self.config.budget.one_study and self.config.budget.targets()[0] != "params"
+        climbers = climbing(self._rows, below, level.keep, together=together)
         self._forget_all_but({trial for point in climbers for trial in point.trials})
         for point in climbers:
             first = rows[point.id]

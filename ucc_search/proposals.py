@@ -183,7 +183,8 @@ class Proposals:
         value = row.kl if row.rung == "zero-shot" else row.accuracy
         values = [value] if value is not None and row.state != "failed" else None
         if values and self._config.budget.one_study:
-            values.append(row.macs_ratio)
+            weights = row.params / self._scheduler.dense_cost.params
+            values.append(weights if self._config.budget.targets()[0] == "params" else row.macs_ratio)
         attributes = {
             "trial": row.id,
             "macs": row.macs,

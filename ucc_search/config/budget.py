@@ -74,16 +74,16 @@ def _values(value: Any) -> Any:
 
 
 class BudgetConfig(Frozen):
-    """Upper limits, ANDed; one of `macs`, `flops` and `latency_ms` may list several targets, each searched in turn.
+    """Upper limits, ANDed; one of `macs`, `flops`, `latency_ms` and, alone, `params` may list several targets.
 
-    A value is a percentage of the uncompressed model ("50%") or absolute ("2.1G", 4500000000). In place
-    of a list, `macs: {low: 30%, high: 90%}` makes the target itself a dimension of one study.
+    Each is searched in turn. A value is a percentage of the uncompressed model ("50%") or absolute ("2.1G",
+    4500000000). In place of a list, `macs: {low: 30%, high: 90%}` makes the target itself a dimension of one study.
     """
 
     macs: Targets | None = None
     flops: Targets | None = None
     """In place of `macs`: twice as many."""
-    params: str | float | None = None
+    params: Targets | None = None
     latency_ms: Annotated[tuple[str | float, ...], BeforeValidator(_values)] | None = None
     """Milliseconds of one batch, or a percentage of the uncompressed model's; what batch says `latency`."""
     metrics: Mapping[str, str | float] = Field(default_factory=dict)
@@ -93,7 +93,7 @@ class BudgetConfig(Frozen):
     def _one(self) -> BudgetConfig:
         if self.macs is not None and self.flops is not None:
             raise ValueError("give `macs` or `flops`, not both (1 MAC is 2 FLOPs)")
-        if not self.targets()[0] and self.params is None and not self.metrics:
+        if not self.targets()[0] and not self.metrics:
             raise ValueError("needs at least one of macs, flops, params, latency_ms, metrics")
         if self.latency_ms is not None and not self.latency_ms:
             raise ValueError("latency_ms is empty, expected milliseconds or a percentage such as 50%")
@@ -101,16 +101,26 @@ class BudgetConfig(Frozen):
             raise ValueError(
                 "lists several targets of latency_ms beside macs or flops; only one may list several"
             )
+        if self.targets()[0] != "params" and self.params is not None and self.params_limit is None:
+            raise ValueError(
+                f"lists several targets of params beside {self.targets()[0]}; give params one limit, or alone"
+            )
         return self
+
+    @property
+    def params_limit(self) -> str | float | None:
+        """The one limit on parameters; None where there is none, or several."""
+        one = isinstance(self.params, tuple) and len(self.params) == 1
+        return self.params[0] if one and isinstance(self.params, tuple) else None
 
     @property
     def one_study(self) -> bool:
         """Whether one study covers all targets."""
-        return isinstance(self.macs, TargetRange) or isinstance(self.flops, TargetRange)
+        return any(isinstance(x, TargetRange) for x in (self.macs, self.flops, self.params))
 
     def targets(self) -> tuple[str, tuple[str | float, ...]]:
-        """(macs, flops, latency_ms or "", its targets), in the order in which they are searched."""
-        for name in ("macs", "flops", "latency_ms"):
+        """(macs, flops, latency_ms, params or "", its targets), in the order in which they are searched."""
+        for name in ("macs", "flops", "latency_ms", "params"):
             found: tuple[str | float, ...] | TargetRange | None = getattr(self, name)
             if found is not None:
                 return name, found.values() if isinstance(found, TargetRange) else found
