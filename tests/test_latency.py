@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given, settings
@@ -82,16 +82,25 @@ def test_a_product_of_sizes_is_met_everywhere():
 
 
 @quickly
-@given(st.lists(st.floats(0.1, 9.0), min_size=24, max_size=24))
-def test_a_measured_grid_never_falls(ms):
+@given(st.lists(st.floats(0.1, 9.0), min_size=24, max_size=24), st.sampled_from([0.0, 0.5, math.inf]))
+def test_a_measured_grid_never_falls(ms, saw_tooth):
     axes = ((1, 2, 3), (5, 6), (1, 4, 8, 9))
-    grid = Grid.rising(axes, ms)
+    grid = Grid.rising(axes, ms, saw_tooth=saw_tooth)
     points = list(itertools.product(*axes))
     for low, high in itertools.product(points, points):
         if all(a <= b for a, b in zip(low, high, strict=True)):
             assert grid(*low) <= grid(*high)
     assert min(ms) <= grid(1, 5, 1) and grid(3, 6, 9) <= max(ms)
     assert Grid.rising(axes, grid.ms) == grid  # what rises already stays
+
+
+def test_an_outlier_raises_no_larger_point():
+    axes = ((1, 2, 3, 4),)
+    assert Grid.rising(axes, [1.0, 9.0, 2.0, 3.0]).ms == (1.0, 2.0, 2.0, 3.0)
+    saw = Grid.rising(axes, [1.0, 2.4, 2.0, 3.0], saw_tooth=0.5).ms  # a fall within it: half-way
+    assert saw == pytest.approx((1.0, 2.2, 2.2, 3.0))
+    far = Grid.rising(axes, [1.0, 9.0, 2.0, 3.0], saw_tooth=0.5).ms  # beyond it: half of the tooth
+    assert far == pytest.approx((1.0, 2.5, 2.5, 3.0))
 
 
 def test_an_axis_may_be_left_free_to_fall():
@@ -417,6 +426,34 @@ def test_a_finished_model_takes_its_share_of_what_the_dense_one_takes_by_the_tab
     assert latency_measure.finished_ms(None, None, SHAPE, elsewhere) is None
 
 
+def test_what_rounds_disagree_on_is_timed_again_until_they_agree():
+    taken = {"steady": [1.0, 1.01, 1.02], "shaken": [1.0, 2.0, 3.0], "once": [1.0]}
+    asked = []
+
+    def time_all(calls, **how):
+        asked.append(sorted(calls))
+        return Timings(dict.fromkeys(calls, (1.0, 1.0)))
+
+    latency_measure._again_where_noisy(time_all, dict.fromkeys(taken), {}, taken, 60.0)
+    assert asked == [["once", "shaken"]]
+    assert [len(v) for v in taken.values()] == [3, 5, 3]
+    taken["shaken"] = [1.0, 2.0, 3.0]
+    latency_measure._again_where_noisy(time_all, dict.fromkeys(taken), {}, taken, -1.0)
+    assert len(asked) == 1  # the time is over
+
+
+def test_a_correction_that_is_cut_short_is_told():
+    plan, said = DENSE.replace(tokens_out=[98] * 12), []
+    key = components_key(*UCC.refs, needs_scores=True)
+    right = LATENCIES.value(plan, UCC)
+    same = latency_measure._right_for_cuts(TABLE, plan, UCC, key, right, said.append)
+    assert Latency(same).value(plan, UCC) == pytest.approx(right) and not said
+    far = latency_measure._right_for_cuts(TABLE, plan, UCC, key, 3 * right, said.append)
+    cut = microseconds(f"cut 0 {key}", (196, 500, 192, 3)) / 1e3
+    assert Latency(far).value(plan, UCC) == pytest.approx(right + cut)
+    assert "corrected by 2 alone" in said[0]
+
+
 def test_pyramids_are_measured_stage_by_stage():
     from ucc_search.compression import shape_of
     from ucc_search.config import ModelConfig
@@ -449,20 +486,20 @@ def test_pyramids_are_measured_stage_by_stage():
 
 @pytest.fixture
 def by_hand(monkeypatch, tmp_path):
-    """Measuring gives tables by hand of the configuration in the second list; the first has what was asked for."""
+    """Measuring gives tables by hand of the configuration in the second list, as noisy as the third says; the first has what was asked for."""
     monkeypatch.setenv("UCC_SEARCH_CACHE", str(tmp_path / "cache"))
-    asked, of = [], []
+    asked, of, noise = [], [], [0.05]
 
-    def measure(model, shape, wanted, conditions, plugins):
+    def measure(model, shape, wanted, conditions, plugins, *, log):
         asked.append(conditions)
-        return table_by_hand(of[0], shape, plugins)
+        return replace(table_by_hand(of[0], shape, plugins), noise=noise[0])
 
     monkeypatch.setattr(latency_measure, "measure_table", measure)
-    return asked, of
+    return asked, of, noise
 
 
 def test_a_table_is_measured_once_and_a_damaged_one_again(by_hand, tmp_path):
-    asked, of = by_hand
+    asked, of, _ = by_hand
     config = tiny_config(budget={"macs": None, "latency_ms": "90%"}, latency={"batch": 4})
     of.append(config)
     shape, said = model_shape(config), []
@@ -480,6 +517,23 @@ def test_a_table_is_measured_once_and_a_damaged_one_again(by_hand, tmp_path):
     other = tiny_config(budget={"macs": None, "latency_ms": "90%"}, latency={"batch": 8})
     assert table_for(other, shape, PLUGINS) is None  # other conditions, another table
     assert table_for(tiny_config(), shape, PLUGINS) is None  # nobody asks for latencies
+
+
+def test_a_table_of_a_busy_machine_serves_once_and_replaces_none(by_hand, tmp_path):
+    asked, of, noise = by_hand
+    config = tiny_config(budget={"macs": None, "latency_ms": "90%"}, latency={"batch": 4})
+    of.append(config)
+    shape, said = model_shape(config), []
+    noise[0] = 0.8
+    assert table_for(config, shape, PLUGINS, log=said.append).noisy
+    assert "differ by up to 80 % between rounds" in said[-1] and "--again" in said[-1]
+    assert table_for(config, shape, PLUGINS) is None  # nothing was kept
+    noise[0] = 0.1
+    table_for(config, shape, PLUGINS, log=said.append)
+    assert len(asked) == 2 and "kept for the next run" in said[-1]
+    noise[0] = 0.9
+    assert table_for(config, shape, PLUGINS, log=said.append, again=True).noisy
+    assert table_for(config, shape, PLUGINS).noise == 0.1
 
 
 def test_a_file_serves_the_model_it_was_made_for(tmp_path):
@@ -508,7 +562,7 @@ def test_a_file_serves_the_model_it_was_made_for(tmp_path):
 
 
 def test_a_plan_says_that_nothing_was_measured_yet_and_then_what_was(by_hand):
-    _, of = by_hand
+    _, of, _ = by_hand
     config = tiny_config(budget={"macs": "90%", "latency_ms": "90%"})
     of.append(config)
     text = preview_text(preview(config, PLUGINS))
@@ -587,7 +641,7 @@ def test_a_latency_out_of_reach_stops_before_anything_is_written(tmp_path):
 
 
 def test_the_command_measures_and_writes_a_table(by_hand, tmp_path):
-    _, of = by_hand
+    _, of, _ = by_hand
     of.append(tiny_config())
     space, out = write_space(tmp_path), tmp_path / "table.json"
     done = CliRunner().invoke(app, ["latency", str(space), "--out", str(out), "--json"])

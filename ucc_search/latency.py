@@ -20,7 +20,10 @@ from ucc_search.errors import BudgetError
 from ucc_search.interfaces import ComponentRef, Components, Metric
 from ucc_search.plan import BlockShape, CompressionPlan, ModelShape
 
-TABLE_FORMAT = 1
+TABLE_FORMAT = 2
+NOISY = 0.25
+"""A table whose rounds disagree by more is not kept. Alone on a machine they do by 5 to 15 %, beside two other
+programs on two cores by 100 % and more."""
 Axes = tuple[tuple[int, ...], ...]
 
 
@@ -35,10 +38,18 @@ class Grid:
     ms: tuple[float, ...]
 
     @classmethod
-    def rising(cls, axes: Axes, ms: Sequence[float], *, but: int | None = None) -> Grid:
-        """The grid next to `ms` that falls along no axis: half-way between its running maximum and minimum.
+    def rising(
+        cls, axes: Axes, ms: Sequence[float], *, saw_tooth: float = 0.0, but: int | None = None
+    ) -> Grid:
+        """A grid below `ms` that falls along no axis: its running minimum from the far end.
+
+        A time that a larger size undercuts is taken for one that something else prolonged, so the
+        smaller one is believed. Only falls that the hardware is known for are met half-way, between
+        the running maximum and that minimum.
 
         Args:
+            saw_tooth: up to which share of the smaller time a fall is the hardware's own; infinite
+                where times err both ways, as differences do.
             but: an axis along which it may fall.
 
         Raises:
@@ -47,18 +58,23 @@ class Grid:
         sizes = [len(a) for a in axes if a]
         if math.prod(sizes) != len(ms):
             raise ValueError(f"{len(ms)} times for a grid of {math.prod(sizes)}")
-        up, down = list(ms), list(ms)
-        stride = len(ms)
+        strides, stride = [], len(ms)
         for number, size in [(n, len(a)) for n, a in enumerate(axes) if a]:
             stride //= size
-            if number == but:
-                continue
-            for i in range(len(ms)):
-                if i // stride % size:
-                    up[i] = max(up[i], up[i - stride])
+            if number != but:
+                strides.append((stride, size))
+        down = list(ms)
+        for stride, size in strides:
             for i in reversed(range(len(ms))):
                 if i // stride % size < size - 1:
                     down[i] = min(down[i], down[i + stride])
+        up = list(ms)
+        if math.isfinite(saw_tooth):
+            up = [min(a, (1 + saw_tooth) * b) for a, b in zip(ms, down, strict=True)]
+        for stride, size in strides:
+            for i in range(len(ms)):
+                if i // stride % size:
+                    up[i] = max(up[i], up[i - stride])
         return cls(axes, tuple((a + b) / 2 for a, b in zip(up, down, strict=True)))
 
     def __call__(self, *point: int) -> float:
@@ -120,6 +136,13 @@ class LatencyTable:
     factor: float  # from the sum of parts to a whole model, after which `constant_ms` is added
     constant_ms: float
     grids: Mapping[str, Grid]
+    noise: float = 0.0
+    """By which share rounds of its measurement disagreed: of the whole model, and of nine in ten parts at most."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether another measurement may well say something else."""
+        return self.noise > NOISY
 
     def to_json(self) -> str:
         grids = {
@@ -133,6 +156,7 @@ class LatencyTable:
                 "dense_ms": self.dense_ms,
                 "factor": self.factor,
                 "constant_ms": self.constant_ms,
+                "noise": self.noise,
                 "grids": grids,
             }
         )
@@ -159,6 +183,7 @@ class LatencyTable:
                 float(data["factor"]),
                 float(data["constant_ms"]),
                 grids,
+                float(data["noise"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is no latency table ({type(error).__name__}: {error})") from None

@@ -6,7 +6,9 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +18,18 @@ from torch import nn
 from ucc_search.builtin import default_components
 from ucc_search.config import ModelConfig
 from ucc_search.interfaces import Components
-from ucc_search.latency import Axes, Conditions, Grid, Latency, LatencyTable
-from ucc_search.latency_modules import DTYPES, HALF, WHOLE, Parts, Point, half_depth
+from ucc_search.latency import NOISY, Axes, Conditions, Grid, Latency, LatencyTable
+from ucc_search.latency_modules import DTYPES, HALF, WHOLE, Call, Parts, Point, half_depth
 from ucc_search.latency_parts import Layout
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.timing import Timings, interleave
+
+_SAW_TOOTH = 0.5
+"""Attention on a CPU takes up to this share longer where its vectors of 16 tokens are badly filled."""
+_CORRECTION = 2.0
+"""Scoring and merging are small differences of larger times, good to a factor of about two; one whole model that asks
+for more says that one of the times is wrong, and must not rule the many of its parts."""
 
 
 def measure_table(
@@ -33,13 +41,18 @@ def measure_table(
     *,
     rounds: int = 11,
     seconds: float = 40.0,
+    log: Callable[[str], None] = lambda line: None,
 ) -> LatencyTable:
     """Time every part at every one of its levels, in interleaved rounds with the whole model.
+
+    Whatever else the machine does only ever adds time, so the fastest round counts. What three rounds do
+    not agree on is timed for half as long again.
 
     Args:
         shape: of the configured model.
         rounds: at most; each times everything once.
         seconds: start no further round after this long.
+        log: told of a correction that was cut short.
     """
     parts = Parts(config, shape, conditions, wanted, plugins)
     with _threads(conditions.threads), torch.inference_mode():
@@ -47,17 +60,53 @@ def measure_table(
         named = {repr(key): call for key, call in calls.items()}
         # Models are settled by few numbers, and are as warm in use as they are after some calls.
         least = {repr(key): 0.004 if key[0] in wanted.parts else 0.03 for key in calls}
-        timings = interleave(
-            named, rounds=rounds, warmup=1, min_seconds=least, max_seconds=seconds, sync=parts.sync
-        )
-    # Ratios from lower quartiles, which a busy machine moves alike; their level from the fastest whole model.
-    level = min(timings.seconds[repr(WHOLE)]) / timings.of(repr(WHOLE)).low
-    ms = {key: 1e3 * level * timings.of(repr(key)).low for key in calls}
+        time_all = functools.partial(interleave, warmup=1, sync=parts.sync)
+        timings = time_all(named, rounds=rounds, min_seconds=least, max_seconds=seconds)
+        taken = {name: list(values) for name, values in timings.seconds.items()}
+        if rounds > 1:
+            _again_where_noisy(time_all, named, least, taken, seconds / 2)
+    ms = {key: 1e3 * min(taken[repr(key)]) for key in calls}
+    longest = max(ms[key] for key in calls if key[0] not in wanted.parts and key[1] == ())
+    # No part takes longer than the slowest model it may be in.
+    ms = {key: min(value, longest) for key, value in ms.items()}
     grids = {name: _grid(name, axes, ms) for name, axes in wanted.parts.items()}
-    table = _right_for_whole_models(LatencyTable(shape, conditions, ms[WHOLE], 1.0, 0.0, grids), ms[HALF])
+    noise = max(_disagreement(taken[repr(WHOLE)]), _ninth_decile(map(_disagreement, taken.values())))
+    table = LatencyTable(shape, conditions, ms[WHOLE], 1.0, 0.0, grids, noise)
+    table = _right_for_whole_models(table, ms[HALF])
     for c in wanted.combinations:
-        table = _right_for_cuts(table, parts.cutting_everywhere(), parts.components(c), c.key, ms[c.key, ()])
+        table = _right_for_cuts(
+            table, parts.cutting_everywhere(), parts.components(c), c.key, ms[c.key, ()], log
+        )
     return table
+
+
+def _again_where_noisy(
+    time_all: Callable[..., Timings],
+    calls: Mapping[str, Call],
+    least: Mapping[str, float],
+    taken: dict[str, list[float]],
+    seconds: float,
+) -> None:
+    """Further rounds of what rounds disagree on, added to `taken`, until they agree or `seconds` are over."""
+    end = time.monotonic() + seconds
+    while True:
+        noisy = {name: call for name, call in calls.items() if _disagreement(taken[name]) > NOISY / 2}
+        if not noisy or time.monotonic() > end:
+            return
+        more = time_all(noisy, rounds=3, min_seconds=least, max_seconds=end - time.monotonic())
+        for name, values in more.seconds.items():
+            taken[name] += values
+
+
+def _disagreement(seconds: Sequence[float]) -> float:
+    """By which share the fastest three rounds differ (of two, both); infinite for a single one."""
+    fastest = sorted(seconds)[:3]
+    return fastest[-1] / fastest[0] - 1 if len(fastest) > 1 else math.inf
+
+
+def _ninth_decile(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[(9 * len(ordered)) // 10]
 
 
 def _right_for_whole_models(table: LatencyTable, half_ms: float) -> LatencyTable:
@@ -78,7 +127,12 @@ def _right_for_whole_models(table: LatencyTable, half_ms: float) -> LatencyTable
 
 
 def _right_for_cuts(
-    table: LatencyTable, plan: CompressionPlan, components: Components, key: str, ms: float
+    table: LatencyTable,
+    plan: CompressionPlan,
+    components: Components,
+    key: str,
+    ms: float,
+    log: Callable[[str], None],
 ) -> LatencyTable:
     """The times of scoring and merging scaled so that a whole model that cuts tokens everywhere takes `ms`."""
     cuts = {
@@ -91,7 +145,13 @@ def _right_for_cuts(
     rest = Latency(replace(table, grids={**table.grids, **free})).value(plan, components)
     if predicted <= rest:
         return table
-    factor = min(max((ms - rest) / (predicted - rest), 0.5), 2.0)
+    asked = (ms - rest) / (predicted - rest)
+    factor = min(max(asked, 1 / _CORRECTION), _CORRECTION)
+    if factor != asked:
+        log(
+            f"latency: cutting by {key} takes {asked:.2g} times what its parts do in a whole model; "
+            f"corrected by {factor:.2g} alone, so such plans may be priced wrongly"
+        )
     scaled = {name: replace(g, ms=tuple(factor * v for v in g.ms)) for name, g in cuts.items()}
     return replace(table, grids={**table.grids, **scaled})
 
@@ -99,13 +159,15 @@ def _right_for_cuts(
 def _grid(name: str, axes: Axes, ms: Mapping[tuple[str, Point], float]) -> Grid:
     points = itertools.product(*(a or (0,) for a in axes))
     if not name.startswith(("cut ", "score ")):
-        return Grid.rising(axes, [ms[name, p] for p in points])
+        saw_tooth = _SAW_TOOTH if "attention" in name else 0.0
+        return Grid.rising(axes, [ms[name, p] for p in points], saw_tooth=saw_tooth)
     kind = name.split()[1]
     # What scoring and merging add to the attention half of the same widths.
     added = [
         max(0.0, ms[name, p] - ms[f"base {kind} {name.split(' ', 2)[2]}", (p[0], *p[-2:])]) for p in points
     ]
-    return Grid.rising(axes, added, but=1 if name.startswith("cut ") else None)
+    # A difference of two times is as often too small as too large.
+    return Grid.rising(axes, added, saw_tooth=math.inf, but=1 if name.startswith("cut ") else None)
 
 
 @contextlib.contextmanager

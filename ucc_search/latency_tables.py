@@ -108,10 +108,19 @@ def _measured(
         settings.batch, settings.threads, settings.precision, device, name, torch.__version__
     )
     count = sum(math.prod(len(a) for a in axes if a) for axes in wanted.parts.values())
-    log(f"latency: timing {count} parts of {shape.name}, {conditions}; kept for the next run")
+    log(f"latency: timing {count} parts of {shape.name}, {conditions}")
     started = time.monotonic()
-    table = measure_table(config.model, shape, wanted, conditions, plugins)
-    log(f"latency: {table.dense_ms:.3g} ms uncompressed, measured in {time.monotonic() - started:.0f} s")
+    table = measure_table(config.model, shape, wanted, conditions, plugins, log=log)
+    took = f"latency: {table.dense_ms:.3g} ms uncompressed, measured in {time.monotonic() - started:.0f} s"
+    if table.noisy:
+        log(took)
+        log(
+            f"latency: the machine is busy: times of this table differ by up to {100 * table.noise:.0f} % between "
+            "rounds; it serves now and is not kept; measure again when it is quiet with "
+            "`ucc-search latency SPACE --again`"
+        )
+        return table
+    log(f"{took}; kept for the next run")
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, table.to_json())
     return table
