@@ -188,6 +188,16 @@ def test_the_quoted_statement_is_the_shipped_runs():
 
 
 @pytest.mark.slow
+def test_latencies_are_measured_and_budgets_met_as_their_page_says(here, monkeypatch, capsys):
+    for command, *arguments in commands("latency.md"):
+        if command == "search":  # what a search would refuse, a plan refuses
+            call(["plan", *arguments], monkeypatch)
+            assert "phone.json" not in " ".join(arguments) or "at most" in capsys.readouterr().out
+        else:
+            call([command, *arguments], monkeypatch)
+
+
+@pytest.mark.slow
 def test_the_tutorial_of_a_search_runs(here, monkeypatch, capsys):
     for arguments in commands("tutorial-search.md"):
         call(arguments, monkeypatch)

@@ -28,10 +28,12 @@ from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.preview import preview, preview_text
 from ucc_search.runner import search
+from ucc_search.runs import load_run
 from ucc_search.schedule import Scheduler, candidate_of
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
 from ucc_search.store import RunStore
+from ucc_search.tables.wording import rounded_up
 from ucc_search.timing import Timings
 from ucc_search.widths import Widths
 
@@ -567,10 +569,11 @@ def test_a_plan_says_that_nothing_was_measured_yet_and_then_what_was(by_hand):
     of.append(config)
     text = preview_text(preview(config, PLUGINS))
     assert "latency       not measured here yet; `ucc-search latency SPACE`" in text
+    assert "latency_ms=90%: not judged yet, no table (ucc-search latency SPACE)" in text
     table = table_for(config, model_shape(config), PLUGINS, log=lambda text: None)
     text = preview_text(preview(config, PLUGINS))
     assert f"latency       {table.dense_ms:.3g} ms uncompressed" in text
-    assert "ms of latency_ms" in text
+    assert f" and {0.9 * table.dense_ms:.4g} ms" in text and "not judged" not in text
 
 
 # Whole runs
@@ -607,7 +610,8 @@ def test_a_run_stays_within_its_latency_and_times_what_it_finishes(tmp_path):
     shown = CliRunner().invoke(app, ["analyze", str(run.path)]).stdout
     assert "ms (by table)" in shown
     point = pareto_front(run.rows)[0]
-    assert f"{point.latency_ms:.3g} ({point.latency_ms_predicted:.3g})" in shown
+    over = "!" if point.latency_ms > limits[0 if "80" in point.target else 1] else ""
+    assert f"{point.latency_ms:.3g}{over} ({point.latency_ms_predicted:.3g})" in shown
     resumed = search(config, out=tmp_path / "run", resume=True)
     assert len(resumed.rows) == len(run.rows)
 
@@ -620,6 +624,14 @@ def test_models_that_took_clearly_more_than_their_limit_are_named(ms, late, tmp_
     shown = CliRunner().invoke(app, ["analyze", str(store.path)]).stdout
     assert ("Latency: 1 of 2 finished models took over 5 % more than their limit" in shown) is late
     assert (f"trial 1 ({ms:.3g} of 2 ms)" in shown) is late
+    assert load_run(store.path).trials()["latency_over"].tolist() == pytest.approx([-0.05, ms / 2 - 1])
+    better = row(2, accuracy=0.99, macs=6_000_000, latency_ms=ms, latency_ms_predicted=1.95)
+    store.append(replace(better, limit_latency_ms=2.0, latency_over=None, target="latency_ms=50%"))
+    shown = CliRunner().invoke(app, ["analyze", str(store.path)]).stdout
+    mark = "!" if ms > 2 else ""
+    assert shown.count(f"{ms:.3g}{mark} (1.95)") >= 2  # in the front, and beside its rivals
+    assert ("! slower than its limit when it was timed" in shown) is (ms > 2)
+    assert f"--max-latency-ms {rounded_up(ms)}" in shown
 
 
 def test_latencies_may_be_recorded_without_a_limit(tmp_path):

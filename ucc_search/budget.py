@@ -82,24 +82,25 @@ def budgets(
     metric, targets = config.targets()
     if metric == LATENCY:
         return [
-            Budget(f"{LATENCY}={_text(v)}", None, params, (*others, t))
-            for v, t in zip(targets, timed, strict=True)
+            Budget(label(LATENCY, v), None, params, (*others, t)) for v, t in zip(targets, timed, strict=True)
         ]
     others += timed
     if not targets:
-        label = ",".join(f"{name}={_text(value)}" for name, value in config.metrics.items())
-        return [Budget(label, None, None, tuple(others))]
+        named = ",".join(label(name, value) for name, value in config.metrics.items())
+        return [Budget(named, None, None, tuple(others))]
     if metric == "params":
         weights = [_limit(v, dense.params, "budget.params") for v in targets]
         return [
-            Budget(f"params={_text(v)}", None, w, tuple(others))
-            for v, w in zip(targets, weights, strict=True)
+            Budget(label("params", v), None, w, tuple(others)) for v, w in zip(targets, weights, strict=True)
         ]
     per_mac = 2 if metric == "flops" else 1
     most = [_limit(v, per_mac * dense.macs, f"budget.{metric}") // per_mac for v in targets]
-    return [
-        Budget(f"{metric}={_text(v)}", m, params, tuple(others)) for v, m in zip(targets, most, strict=True)
-    ]
+    return [Budget(label(metric, v), m, params, tuple(others)) for v, m in zip(targets, most, strict=True)]
+
+
+def label(metric: str, value: str | float) -> str:
+    """How a target is named in tables: `macs=50%`."""
+    return f"{metric}={_text(value)}"
 
 
 def _limit_of(value: str | float, whole: float, key: str) -> float:

@@ -10,6 +10,7 @@ import yaml
 
 from ucc_search import estimate
 from ucc_search.binding import bind, bind_model
+from ucc_search.budget import LATENCY, Limit, label
 from ucc_search.config import LatencyConfig, RunConfig
 from ucc_search.costs import cost
 from ucc_search.errors import BudgetError, ConfigError
@@ -31,7 +32,8 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
 
     Returns:
         model, dense (macs, params), reachable (macs from..to, per method), budgets (label,
-        max_macs, reachable), latency (measured, conditions, dense_ms, min_ms; or null), dimensions, trials (by rung), steps, seconds (or null).
+        max_macs, reachable), latency (measured, conditions, dense_ms, min_ms; or null), not_judged
+        (labels of limits on a latency without a table), dimensions, trials (by rung), steps, seconds (or null).
 
     Raises:
         UserError: what `search` would refuse as well: an unreachable budget, unknown components.
@@ -60,12 +62,13 @@ def preview(config: RunConfig, plugins: Plugins) -> dict[str, Any]:
                 "label": b.label,
                 "max_macs": b.max_macs,
                 "max_params": b.max_params,
-                "limits": {x.name: f"{x.most:.4g} {x.metric.unit} of {x.name}" for x in b.limits},
+                "limits": {x.name: _most(x) for x in b.limits},
             }
             for b in scheduler.budgets
             if b.label
         ],
         "latency": _latency(config, scheduler, space, plugins),
+        "not_judged": [label(LATENCY, v) for v in config.budget.latency_ms or ()] if unmeasured else [],
         "dimensions": [d.name for d in space.dimensions],
         "trials": estimate.jobs(config),
         "steps": config.train.total_steps(images),
@@ -111,6 +114,12 @@ def latency_text(found: dict[str, Any]) -> str:
         return NO_TABLE.partition(": ")[2]
     least = "" if found["min_ms"] is None else f", {found['min_ms']:.3g} ms with everything pruned"
     return f"{found['dense_ms']:.3g} ms uncompressed{least}: {found['conditions']}"
+
+
+def _most(limit: Limit) -> str:
+    """A limit for people; milliseconds need no name."""
+    most = f"{limit.most:.4g} {limit.metric.unit}"
+    return most if limit.name == LATENCY else f"{most} of {limit.name}"
 
 
 def _latency(
@@ -176,6 +185,10 @@ def preview_text(found: dict[str, Any]) -> str:
             " (more than any plan of the search costs)" if most and (budget["max_macs"] or 0) > most else ""
         )
         lines.append(f"budget        {budget['label']}: at most {' and '.join(limits)}{above}")
+    lines += [
+        f"budget        {name}: not judged yet, no table (ucc-search latency SPACE)"
+        for name in found["not_judged"]
+    ]
     lines.append(f"searched      {len(found['dimensions'])} parameters: {_short(found['dimensions'])}")
     trials = ", ".join(f"{count} {rung}" for rung, count in found["trials"].items())
     lines.append(f"trials        {trials} ({found['steps']} steps a training)")

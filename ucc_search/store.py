@@ -58,6 +58,9 @@ class TrialRow:
     latency_ms: float | None = None  # of a batch, timed on the finished model beside the dense one
     latency_ms_predicted: float | None = None  # by the table, which the budget goes by
     limit_latency_ms: float | None = None  # what the budget allowed
+    latency_over: float | None = (
+        None  # measured over allowed, minus 1; above 0 was slower than its limit, which the table held
+    )
     scorer: str = ""  # names of the components; their parameters are in `components`
     aggregator: str = ""
     cascade: str = ""
@@ -90,6 +93,8 @@ class TrialRow:
     def __post_init__(self) -> None:
         if self.overhead_seconds is None and self.compute_seconds is not None:
             object.__setattr__(self, "overhead_seconds", max(0.0, self.seconds - self.compute_seconds))
+        if self.latency_over is None and self.latency_ms is not None and self.limit_latency_ms is not None:
+            object.__setattr__(self, "latency_over", self.latency_ms / self.limit_latency_ms - 1)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -40,6 +40,7 @@ class Point:
     params: int  # weights
     latency_ms: float | None  # of a batch, where it was measured; a mean over seeds
     latency_ms_predicted: float | None  # by the table, where there is one
+    latency_over: float | None  # measured over allowed, minus 1; a mean over seeds
     accuracy: float | None  # on the selection split; a mean over seeds, as all that follow
     accuracy_std: float | None  # sample standard deviation over seeds
     test_accuracy: float | None  # for the report only, never for a choice
@@ -113,6 +114,7 @@ def _point(group: Sequence[TrialRow]) -> Point:
         params=first.params,
         latency_ms=_mean_std([r.latency_ms for r in group])[0],
         latency_ms_predicted=first.latency_ms_predicted,
+        latency_over=_mean_std([r.latency_over for r in group])[0],
         accuracy=accuracy,
         accuracy_std=accuracy_std,
         test_accuracy=test,

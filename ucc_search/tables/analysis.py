@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ucc_search import analysis
 from ucc_search.analysis import Point
+from ucc_search.budget import LATENCY
 from ucc_search.influence import (
     Importance,
     Sensitivity,
@@ -34,6 +35,7 @@ from ucc_search.tables.wording import (
     milliseconds,
     number,
     plain_values,
+    rounded_up,
 )
 from ucc_search.units import format_params
 
@@ -41,6 +43,8 @@ _BEHIND = (
     "behind: points behind the best of the budget, ± the 95 % interval over seeds (their noise is pooled within the "
     "budget); =: not told apart; ?: one seed each, not known"
 )
+
+_OVER = "! slower than its limit when it was timed; the search holds the limit by the table"
 
 
 def print_analysis(run: Run, console: Console) -> None:
@@ -79,7 +83,7 @@ def analysis_json(run: Run) -> dict[str, Any]:
         dense: the uncompressed model as a point, or null.
         front: points, cheapest first. A point has the fields of `analysis.Point`: id, trials, origin,
             method, target, rung, fidelity, seeds, plan_key, parent, macs, macs_ratio, params,
-            latency_ms, latency_ms_predicted (of a batch, or null),
+            latency_ms, latency_ms_predicted (of a batch, or null), latency_over (its limit, as a share; or null),
             accuracy, accuracy_std, test_accuracy, test_accuracy_std (0..1), kl, kl_std (nats),
             tokens, saved (share of the dense MACs by method), scorer, aggregator, cascade, distiller,
             importance.
@@ -142,6 +146,8 @@ def _front_grid(rows: Sequence[TrialRow], front: Sequence[Point]) -> Grid:
     notes = ["* knee: beyond it, accuracy costs more MACs than on average"] if knee else []
     if dense is not None and rung == "train":
         notes.append("dense is the teacher as it is, without these training steps")
+    if any((p.latency_over or 0.0) > 0 for p in front):
+        notes.append(_OVER)
     how = f"trained {fidelity} steps, by selection accuracy" if rung == "train" else "zero-shot, by KL"
     return Grid(
         title=f"Pareto front ({how})",
@@ -195,10 +201,12 @@ def _late_line(rows: Sequence[TrialRow]) -> str:
 
 def _comparison_grid(points: Sequence[Point], standing: Sequence[Standing]) -> Grid:
     unit, scale = _unit(points)
+    timed = any(p.latency_ms_predicted is not None for p in points)
     beside = {s.id: _behind(s) for s in standing}
     return Grid(
         title="Methods at each budget (best of each by selection quality)",
-        columns=("target", "method", "seeds", "accuracy %", "behind", "test %", "KL", unit),
+        columns=("target", "method", "seeds", "accuracy %", "behind", "test %", "KL", unit)
+        + (("ms (by table)",) if timed else ()),
         rows=[
             (
                 p.target,
@@ -209,11 +217,14 @@ def _comparison_grid(points: Sequence[Point], standing: Sequence[Standing]) -> G
                 mean_and_std(p.test_accuracy, p.test_accuracy_std),
                 number(p.kl),
                 f"{p.macs / scale:.2f}",
+                *([milliseconds(p)] if timed else []),
             )
             for p in points
         ],
         text=("target", "method"),
-        note=_BEHIND if standing else "",
+        note="; ".join(
+            [_BEHIND] * bool(standing) + [_OVER] * any((p.latency_over or 0.0) > 0 for p in points)
+        ),
     )
 
 
@@ -306,11 +317,14 @@ def _next_line(run: Run, front: Sequence[Point]) -> str:
 
 
 def _pick_command(run: Run, front: Sequence[Point]) -> str | None:
-    """Picks the knee; without one, the front's best point."""
+    """Picks the knee, or else the front's best point, under a limit of the kind that the run had."""
     if not front:
         return None
-    macs = (analysis.knee(front) or front[-1]).macs
-    return f"ucc-search pick {shlex.quote(str(run.path))} --max-gmacs {gmacs_limit(macs)}"
+    point = analysis.knee(front) or front[-1]
+    limit = f"--max-gmacs {gmacs_limit(point.macs)}"
+    if point.latency_ms is not None and point.target.startswith(LATENCY):
+        limit = f"--max-latency-ms {rounded_up(point.latency_ms)}"
+    return f"ucc-search pick {shlex.quote(str(run.path))} {limit}"
 
 
 def _unit(points: Sequence[Point]) -> tuple[str, float]:

@@ -23,16 +23,22 @@ def compact_tokens(tokens: Sequence[int]) -> str:
 
 
 def milliseconds(value: Point | TrialRow) -> str:
-    """Milliseconds as measured, and by the table."""
+    """Milliseconds as measured (with a ! where that is over the limit), and by the table."""
     measured, predicted = value.latency_ms, value.latency_ms_predicted
     by_table = MISSING if predicted is None else f"{predicted:.3g}"
-    return f"{MISSING if measured is None else f'{measured:.3g}'} ({by_table})"
+    over = "!" if (value.latency_over or 0.0) > 0 else ""
+    return f"{MISSING if measured is None else f'{measured:.3g}'}{over} ({by_table})"
 
 
 def gmacs_limit(macs: int) -> str:
-    """Three significant digits, rounded up: the point itself must fit."""
-    digits = max(0, 2 - math.floor(math.log10(macs / 1e9)))
-    return f"{math.ceil(macs / 1e9 * 10**digits) / 10**digits:.{digits}f}"
+    """Of these MACs, for `pick --max-gmacs`."""
+    return rounded_up(macs / 1e9)
+
+
+def rounded_up(value: float) -> str:
+    """Three significant digits of a limit: the point itself must fit."""
+    digits = max(0, 2 - math.floor(math.log10(value)))
+    return f"{math.ceil(value * 10**digits) / 10**digits:.{digits}f}"
 
 
 def accuracy_of(point: Point) -> str:
