@@ -32,9 +32,9 @@ from ucc_search.costs import cost
 from ucc_search.errors import BudgetError
 from ucc_search.interfaces import INFERENCE_KINDS
 from ucc_search.latency import Conditions
-from ucc_search.latency_measure import measure_table
-from ucc_search.latency_parts import layout
-from ucc_search.latency_tables import cpu_name
+from ucc_search.latency.kept import cpu_name
+from ucc_search.latency.layout import layout
+from ucc_search.latency.measure import measure_table
 from ucc_search.models import build_model
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins

@@ -7,7 +7,7 @@ import itertools
 from ucc_search.config import RunConfig
 from ucc_search.interfaces import Components
 from ucc_search.latency import Conditions, Grid, Latency, LatencyTable
-from ucc_search.latency_parts import layout
+from ucc_search.latency.layout import layout
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 

@@ -14,7 +14,6 @@ from shapes import deit_shape, pvt_shape
 from tiny import tiny_config, write_space
 from typer.testing import CliRunner
 
-from ucc_search import latency_measure
 from ucc_search.analysis import pareto_front
 from ucc_search.budget import LATENCY, Budget, Limit, budgets, project
 from ucc_search.cli import app
@@ -22,8 +21,9 @@ from ucc_search.costs import cost
 from ucc_search.errors import BudgetError, ConfigError
 from ucc_search.interfaces import ComponentRef, ScheduleRequest
 from ucc_search.latency import Grid, Latency, LatencyTable, block_kinds, components_key
-from ucc_search.latency_parts import layout
-from ucc_search.latency_tables import table_for
+from ucc_search.latency import measure as latency_measure
+from ucc_search.latency.kept import table_for
+from ucc_search.latency.layout import layout
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.preview import preview, preview_text

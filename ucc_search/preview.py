@@ -16,7 +16,7 @@ from ucc_search.costs import cost
 from ucc_search.errors import BudgetError, ConfigError
 from ucc_search.interfaces import INFERENCE_KINDS
 from ucc_search.ladder import levels
-from ucc_search.latency_tables import table_for
+from ucc_search.latency.kept import table_for
 from ucc_search.observers import Observers
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import Plugins

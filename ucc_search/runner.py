@@ -21,7 +21,7 @@ from ucc_search.environment import environment
 from ucc_search.errors import DataError
 from ucc_search.interfaces import INFERENCE_KINDS, Observer
 from ucc_search.ladder import levels
-from ucc_search.latency_tables import table_for
+from ucc_search.latency.kept import table_for
 from ucc_search.observers import Observers
 from ucc_search.parcel import Parcel, folders_of_teacher
 from ucc_search.plugins import Plugins

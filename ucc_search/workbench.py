@@ -151,7 +151,7 @@ class Workbench:
     def _latency(self, model: nn.Module, how: Mapping[str, Any] | None) -> float | None:
         if how is None:
             return None
-        from ucc_search.latency_measure import finished_ms
+        from ucc_search.latency.measure import finished_ms
 
         return finished_ms(model, self.teacher, self.shape, how)
 

@@ -2,7 +2,7 @@
 
 A model's parts are its stem, the attention half and the MLP half of every kind of block, the places
 where tokens are scored and merged, and its head. Each part was timed on a grid of tokens and widths
-(`latency_parts`, `latency_measure`); a plan's latency is the sum of its parts, in between by
+(`layout`, `measure`); a plan's latency is the sum of its parts, in between by
 multilinear interpolation, scaled and shifted so that it is right for whole models.
 """
 

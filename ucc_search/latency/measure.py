@@ -18,9 +18,9 @@ from torch import nn
 from ucc_search.builtin import default_components
 from ucc_search.config import ModelConfig
 from ucc_search.interfaces import Components
-from ucc_search.latency import NOISY, Axes, Conditions, Grid, Latency, LatencyTable
-from ucc_search.latency_modules import DTYPES, HALF, WHOLE, Call, Parts, Point, half_depth
-from ucc_search.latency_parts import Layout
+from ucc_search.latency.layout import Layout
+from ucc_search.latency.modules import DTYPES, HALF, WHOLE, Call, Parts, Point, half_depth
+from ucc_search.latency.table import NOISY, Axes, Conditions, Grid, Latency, LatencyTable
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.timing import Timings, interleave

@@ -10,14 +10,19 @@ from typing import Any
 
 from ucc_search.config import RunConfig, WidthRange
 from ucc_search.interfaces import INFERENCE_KINDS, Cascade, ComponentRef, ScheduleRequest
-from ucc_search.latency import Axes, block_kinds, components_key
+from ucc_search.latency.table import Axes, block_kinds, components_key
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.widths import KINDS, Widths
 
 _TOKENS = (0.0, 0.06, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
+"""Shares of a block's tokens: closer together below, where fixed costs give way to work, than above, where times are
+nearly straight lines."""
 _ARRIVING = (0.125, 0.25, 0.5, 0.75, 1.0)
-_KEPT = (100, 300, 600, 850, 1000)  # per mille of the arriving tokens; the last stands for all but one
+"""Shares of the tokens that arrive at a cut: fewer, since a cut is a small part of a block and each costs a row of
+`_KEPT`."""
+_KEPT = (100, 300, 600, 850, 1000)
+"""Per mille of the arriving tokens; the last stands for all but one, since merging one token already takes a sort."""
 _VECTOR = 16
 _LEVELS = {0: 1, 1: 5, 2: 4}
 """Levels of each width, by how many of a part's widths move; three where more do."""
@@ -36,7 +41,7 @@ class Combination:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The parts of a model's table with their axes (see `latency.Latency`)."""
+    """The parts of a model's table with their axes (see `table.Latency`)."""
 
     parts: Mapping[str, Axes]
     combinations: tuple[Combination, ...]

@@ -23,8 +23,8 @@ from ucc_search.compression.selection import first_units
 from ucc_search.compression.tokens import initial_state
 from ucc_search.config import ModelConfig
 from ucc_search.interfaces import INFERENCE_KINDS, Components, Site
-from ucc_search.latency import Conditions, block_kinds
-from ucc_search.latency_parts import Combination, Layout
+from ucc_search.latency.layout import Combination, Layout
+from ucc_search.latency.table import Conditions, block_kinds
 from ucc_search.models import build_model
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins

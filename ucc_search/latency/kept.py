@@ -16,8 +16,8 @@ from pathlib import Path
 from ucc_search.config import LatencyConfig, RunConfig
 from ucc_search.errors import BudgetError
 from ucc_search.interfaces import INFERENCE_KINDS
-from ucc_search.latency import TABLE_FORMAT, Conditions, Grid, LatencyTable
-from ucc_search.latency_parts import Layout, layout
+from ucc_search.latency.layout import Layout, layout
+from ucc_search.latency.table import TABLE_FORMAT, Conditions, Grid, LatencyTable
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.shapes import cache_folder
@@ -96,7 +96,7 @@ def _measured(
 ) -> LatencyTable:
     import torch
 
-    from ucc_search.latency_measure import measure_table
+    from ucc_search.latency.measure import measure_table
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
