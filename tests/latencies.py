@@ -37,9 +37,9 @@ def microseconds(name: str, point: tuple[int, ...]) -> float:
 
 def table_by_hand(config: RunConfig, shape: ModelShape, plugins: Plugins) -> LatencyTable:
     grids = {}
-    for name, axes in layout(config, shape, plugins).parts.items():
+    for part, axes in layout(config, shape, plugins).parts.items():
         points = itertools.product(*(a or (0,) for a in axes))
-        grids[name] = Grid(axes, tuple(microseconds(name, p) / 1e3 for p in points))
+        grids[part] = Grid(axes, tuple(microseconds(str(part), p) / 1e3 for p in points))
     table = LatencyTable(shape, CONDITIONS, 1.0, 1.0, 0.0, grids)
     dense = Latency(table).value(CompressionPlan.identity(shape), Components(None, _Plain(), None))
     return LatencyTable(shape, CONDITIONS, dense, 1.0, 0.0, grids)

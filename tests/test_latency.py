@@ -20,7 +20,7 @@ from ucc_search.cli import app
 from ucc_search.costs import cost
 from ucc_search.errors import BudgetError, ConfigError
 from ucc_search.interfaces import ComponentRef, ScheduleRequest
-from ucc_search.latency import Grid, Latency, LatencyTable, block_kinds, components_key
+from ucc_search.latency import Grid, Latency, LatencyTable, Part, block_kinds, components_key
 from ucc_search.latency import measure as latency_measure
 from ucc_search.latency.kept import table_for
 from ucc_search.latency.layout import layout
@@ -121,22 +121,34 @@ def test_a_width_that_was_not_measured_is_refused():
 
 def test_only_what_the_space_moves_has_levels():
     parts = layout(CONFIG, SHAPE, PLUGINS).parts
-    tokens, *widths = parts["attention 0"]
+    tokens, *widths = parts[Part.of("attention 0")]
     assert (tokens[0], tokens[-1]) == (2, 197)
     assert widths == [(192,), (3,), (64,), ()]
     wide = layout(WIDE, SHAPE, PLUGINS).parts
-    assert [a and (a[0], a[-1]) for a in wide["attention 0"]] == [(2, 197), (96, 192), (1, 3), (64, 64), ()]
-    assert (wide["mlp 0"][2][0], wide["mlp 0"][2][-1]) == (192, 768)
+    assert [a and (a[0], a[-1]) for a in wide[Part.of("attention 0")]] == [
+        (2, 197),
+        (96, 192),
+        (1, 3),
+        (64, 64),
+        (),
+    ]
+    assert (wide[Part.of("mlp 0")][2][0], wide[Part.of("mlp 0")][2][-1]) == (192, 768)
     ranked = layout(RANKED, SHAPE, PLUGINS).parts
-    assert ranked["attention 0"][0] == (197,)  # keep_all cuts no tokens
-    assert (ranked["attention 0"][3][0], ranked["attention 0"][4]) == (16, ())  # both of one width
-    assert (ranked["uneven attention 0"][3][0], ranked["uneven attention 0"][4][0]) == (16, 32)
-    assert ranked["low mlp 0"][3][-1] == 192 * 768 // (192 + 768)
-    assert not [name for name in ranked if name.startswith("cut")]
+    assert ranked[Part.of("attention 0")][0] == (197,)  # keep_all cuts no tokens
+    assert (ranked[Part.of("attention 0")][3][0], ranked[Part.of("attention 0")][4]) == (
+        16,
+        (),
+    )  # both of one width
+    assert (ranked[Part.of("uneven attention 0")][3][0], ranked[Part.of("uneven attention 0")][4][0]) == (
+        16,
+        32,
+    )
+    assert ranked[Part.of("low mlp 0")][3][-1] == 192 * 768 // (192 + 768)
+    assert not [name for name in ranked if name.what == "cut"]
 
 
 def test_tokens_are_measured_off_the_multiples_of_a_vector_but_for_all_of_them():
-    tokens = layout(CONFIG, SHAPE, PLUGINS).parts["attention 0"][0]
+    tokens = layout(CONFIG, SHAPE, PLUGINS).parts[Part.of("attention 0")][0]
     assert tokens[-1] == 197
     assert {n % 16 for n in tokens[:-1] if n >= 16} == {8}
 
@@ -149,7 +161,7 @@ def test_every_pair_of_components_that_may_meet_is_measured():
     keys = [c.key for c in layout(config, SHAPE, PLUGINS).combinations]
     assert len(keys) == 4
     assert any("channel" in k for k in keys) and keys[-1] == '{"name": "bipartite"}'
-    assert "biased attention 0" in layout(config, SHAPE, PLUGINS).parts
+    assert Part.of("biased attention 0") in layout(config, SHAPE, PLUGINS).parts
 
 
 def test_numbers_among_parameters_are_taken_not_to_matter():
@@ -163,7 +175,7 @@ def test_numbers_among_parameters_are_taken_not_to_matter():
 def test_blocks_of_a_pyramid_are_of_four_kinds():
     assert len(set(block_kinds(pvt_shape("b2")))) == 4
     parts = layout(tiny_config(space={"cascade": "keep_all"}), pvt_shape("b2"), PLUGINS).parts
-    assert [name for name in parts if name.startswith("stem")] == [f"stem {s}" for s in range(4)]
+    assert [name for name in parts if name.what == "stem"] == [Part("stem", s) for s in range(4)]
 
 
 # Prices
@@ -174,16 +186,16 @@ def test_a_plan_is_the_sum_of_its_parts():
     key = components_key(*UCC.refs, needs_scores=True)
     grids = TABLE.grids
     expected = (
-        grids["stem 0"](3, 192)
-        + 6 * grids["attention 0"](197, 192, 3, 64, 64)
-        + 5 * grids["attention 0"](99, 192, 3, 64, 64)
-        + grids["head attention 0"](99, 192, 3, 64, 64)
-        + 5 * grids["mlp 0"](197, 192, 768)
-        + 6 * grids["mlp 0"](99, 192, 768)
-        + grids["mlp 0"](1, 192, 768)
-        + grids[f"cut 0 {key}"](196, 500, 192, 3)
-        + grids["head"](1, 192)
-        + grids["carry"](192)
+        grids[Part.of("stem 0")](3, 192)
+        + 6 * grids[Part.of("attention 0")](197, 192, 3, 64, 64)
+        + 5 * grids[Part.of("attention 0")](99, 192, 3, 64, 64)
+        + grids[Part.of("head attention 0")](99, 192, 3, 64, 64)
+        + 5 * grids[Part.of("mlp 0")](197, 192, 768)
+        + 6 * grids[Part.of("mlp 0")](99, 192, 768)
+        + grids[Part.of("mlp 0")](1, 192, 768)
+        + grids[Part.of(f"cut 0 {key}")](196, 500, 192, 3)
+        + grids[Part.of("head")](1, 192)
+        + grids[Part.of("carry")](192)
     )
     assert LATENCIES.value(plan, UCC) == pytest.approx(expected)
     assert Latency(TABLE).value(plan, UCC) == LATENCIES.value(plan, UCC)  # what is remembered changes nothing
@@ -198,13 +210,13 @@ def test_half_blocks_and_ranks_have_prices_of_their_own():
     )
     full = latency.value(DENSE, parts)
     without = latency.value(DENSE.replace(mlp=[False] + [True] * 11), parts)
-    assert full - without == pytest.approx(table.grids["mlp 0"](197, 192, 768))
+    assert full - without == pytest.approx(table.grids[Part.of("mlp 0")](197, 192, 768))
     low = latency.value(DENSE.replace(mlp_rank=[40] + [None] * 11), parts)
     saved = microseconds("mlp 0", (197, 192, 768)) - microseconds("low mlp 0", (197, 192, 768, 40))
     assert full - low == pytest.approx(saved / 1e3)
     thin = latency.value(DENSE.replace(qk_dim=16, low_rank_attention=True), parts)
-    uneven = table.grids["uneven attention 0"](197, 192, 3, 16, 64)
-    even = table.grids["attention 0"](197, 192, 3, 64, 64)
+    uneven = table.grids[Part.of("uneven attention 0")](197, 192, 3, 16, 64)
+    even = table.grids[Part.of("attention 0")](197, 192, 3, 64, 64)
     assert full - thin == pytest.approx(12 * (even - uneven))
 
 
@@ -231,6 +243,8 @@ def test_other_models_and_components_are_refused():
 
 def test_a_table_survives_its_file(tmp_path):
     assert LatencyTable.from_json(TABLE.to_json()).shape == SHAPE
+    for table in (TABLE, table_by_hand(RANKED, SHAPE, PLUGINS)):
+        assert list(LatencyTable.from_json(table.to_json()).grids) == list(table.grids)
     again = Latency(LatencyTable.from_json(TABLE.to_json()))
     assert again.value(DENSE, UCC) == pytest.approx(TABLE.dense_ms, rel=1e-4)
     for damage in ({"format": 0}, {"grids": {"head": {"axes": [[1, 2]], "ms": [1.0]}}}, {"conditions": {}}):

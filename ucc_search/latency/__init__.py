@@ -12,6 +12,7 @@ from ucc_search.latency.table import (
     Grid,
     Latency,
     LatencyTable,
+    Part,
     block_kinds,
     components_key,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "Grid",
     "Latency",
     "LatencyTable",
+    "Part",
     "block_kinds",
     "components_key",
 ]

@@ -72,9 +72,9 @@ def _read(path: Path, wanted: Layout, shape: ModelShape) -> LatencyTable:
     table = LatencyTable.from_json(path.read_text(encoding="utf-8"))
     if table.shape != shape:
         raise ValueError(f"it is of another model than this {shape.name}, or of other images")
-    for name, axes in wanted.parts.items():
-        if name not in table.grids or not _reaches(table.grids[name], axes):
-            raise ValueError(f"it does not reach as far as this space file ({name})")
+    for part, axes in wanted.parts.items():
+        if part not in table.grids or not _reaches(table.grids[part], axes):
+            raise ValueError(f"it does not reach as far as this space file ({part})")
     return table
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ucc_search.config import RunConfig, WidthRange
 from ucc_search.interfaces import INFERENCE_KINDS, Cascade, ComponentRef, ScheduleRequest
-from ucc_search.latency.table import Axes, block_kinds, components_key
+from ucc_search.latency.table import Axes, Part, block_kinds, components_key
 from ucc_search.plan import ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.widths import KINDS, Widths
@@ -43,11 +43,14 @@ class Combination:
 class Layout:
     """The parts of a model's table with their axes (see `table.Latency`)."""
 
-    parts: Mapping[str, Axes]
+    parts: Mapping[Part, Axes]
     combinations: tuple[Combination, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {"parts": dict(self.parts), "combinations": [c.key for c in self.combinations]}
+        return {
+            "parts": {str(part): axes for part, axes in self.parts.items()},
+            "combinations": [c.key for c in self.combinations],
+        }
 
 
 def layout(config: RunConfig, shape: ModelShape, plugins: Plugins) -> Layout:
@@ -70,11 +73,11 @@ class _Levels:
     ) -> None:
         self.shape, self._lowest, self._combinations = shape, lowest, combinations
 
-    def parts(self) -> dict[str, Axes]:
-        shape, parts = self.shape, dict[str, Axes]()
+    def parts(self) -> dict[Part, Axes]:
+        shape, parts = self.shape, dict[Part, Axes]()
         embed = [self._widths(d, "embed", count=3) for d in shape.embed_dims]
         for stage, (before, dims) in enumerate(itertools.pairwise([(shape.channels,), *embed])):
-            parts[f"stem {stage}"] = (before, dims)
+            parts[Part("stem", stage)] = (before, dims)
         kinds = block_kinds(shape)
         for kind in range(max(kinds) + 1):
             index = kinds.index(kind)
@@ -82,7 +85,7 @@ class _Levels:
             parts |= self._attention(kind, index, dims) | self._mlp(kind, index, dims)
         return parts | self._ends(embed[-1])
 
-    def _attention(self, kind: int, index: int, dims: tuple[int, ...]) -> dict[str, Axes]:
+    def _attention(self, kind: int, index: int, dims: tuple[int, ...]) -> dict[Part, Axes]:
         block = self.shape.blocks[index]
         ranked = self._moves("qk_rank") or self._moves("v_rank")
         count = self._count("embed", "heads", "attention", "qk_rank", "v_rank")
@@ -95,34 +98,34 @@ class _Levels:
         names = ["attention", *(["head attention"] if self.shape.head_tokens else [])]
         names += ["biased attention"] if any(c.biased for c in self._combinations) else []
         # Queries, keys and values are equally wide where they are selected, and on another path where they are not.
-        parts: dict[str, Axes] = {f"{name} {kind}": (*start, even, ()) for name in names}
+        parts: dict[Part, Axes] = {Part(name, kind): (*start, even, ()) for name in names}
         if ranked:
-            parts |= {f"uneven {name} {kind}": (*start, query, value) for name in names}
+            parts |= {Part(f"uneven {name}", kind): (*start, query, value) for name in names}
         arriving = tuple(n for n in self._counts(index, _ARRIVING) if n > 1)
         ends = [tuple(sorted({a[0], a[-1]})) for a in (dims, heads)]
         for c in self._combinations:
-            parts[f"cut {kind} {c.key}"] = (arriving, _KEPT, *ends)
+            parts[Part("cut", kind, c.key)] = (arriving, _KEPT, *ends)
             if c.everywhere:
-                parts[f"score {kind} {c.key}"] = (arriving, *ends)
+                parts[Part("score", kind, c.key)] = (arriving, *ends)
         return parts
 
-    def _mlp(self, kind: int, index: int, dims: tuple[int, ...]) -> dict[str, Axes]:
+    def _mlp(self, kind: int, index: int, dims: tuple[int, ...]) -> dict[Part, Axes]:
         full = self.shape.blocks[index].mlp_hidden
         hidden = self._widths(full, "mlp", count=self._count("embed", "mlp", "mlp_rank"))
         tokens = self._with_head(self._tokens(index))
-        parts: dict[str, Axes] = {f"mlp {kind}": (tokens, dims, hidden)}
+        parts: dict[Part, Axes] = {Part("mlp", kind): (tokens, dims, hidden)}
         if self._moves("mlp_rank"):
-            parts[f"low mlp {kind}"] = (tokens, dims, hidden, self._ranks("mlp_rank", dims, hidden))
+            parts[Part("low mlp", kind)] = (tokens, dims, hidden, self._ranks("mlp_rank", dims, hidden))
         return parts
 
-    def _ends(self, dims: tuple[int, ...]) -> dict[str, Axes]:
+    def _ends(self, dims: tuple[int, ...]) -> dict[Part, Axes]:
         shape = self.shape
         tokens = self._with_head(self._tokens(shape.depth - 1))
-        parts: dict[str, Axes] = {"head": (tokens, dims), "carry": (dims,)}
+        parts: dict[Part, Axes] = {Part("head"): (tokens, dims), Part("carry"): (dims,)}
         if self._moves("head_rank") and shape.classifiers:
-            parts["low head"] = (tokens, dims, self._ranks("head_rank", dims, (shape.classes,)))
+            parts[Part("low head")] = (tokens, dims, self._ranks("head_rank", dims, (shape.classes,)))
         if any(c.merges for c in self._combinations) and shape.pool in ("avg", "avgmax"):
-            parts["restore"] = (dims,)
+            parts[Part("restore")] = (dims,)
         return parts
 
     def _moves(self, kind: str) -> bool:

@@ -19,8 +19,8 @@ from ucc_search.builtin import default_components
 from ucc_search.config import ModelConfig
 from ucc_search.interfaces import Components
 from ucc_search.latency.layout import Layout
-from ucc_search.latency.modules import DTYPES, HALF, WHOLE, Call, Parts, Point, half_depth
-from ucc_search.latency.table import NOISY, Axes, Conditions, Grid, Latency, LatencyTable
+from ucc_search.latency.modules import DTYPES, HALF, WHOLE, Call, Key, Parts, half_depth
+from ucc_search.latency.table import NOISY, Axes, Conditions, Grid, Latency, LatencyTable, Part
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
 from ucc_search.timing import Timings, interleave
@@ -135,11 +135,7 @@ def _right_for_cuts(
     log: Callable[[str], None],
 ) -> LatencyTable:
     """The times of scoring and merging scaled so that a whole model that cuts tokens everywhere takes `ms`."""
-    cuts = {
-        name: g
-        for name, g in table.grids.items()
-        if name.startswith(("cut ", "score ")) and name.split(" ", 2)[2] == key
-    }
+    cuts = {part: g for part, g in table.grids.items() if part.cuts and part.combination == key}
     free = {name: replace(g, ms=(0.0,) * len(g.ms)) for name, g in cuts.items()}
     predicted = Latency(table).value(plan, components)
     rest = Latency(replace(table, grids={**table.grids, **free})).value(plan, components)
@@ -156,18 +152,16 @@ def _right_for_cuts(
     return replace(table, grids={**table.grids, **scaled})
 
 
-def _grid(name: str, axes: Axes, ms: Mapping[tuple[str, Point], float]) -> Grid:
+def _grid(part: Part, axes: Axes, ms: Mapping[Key, float]) -> Grid:
     points = itertools.product(*(a or (0,) for a in axes))
-    if not name.startswith(("cut ", "score ")):
-        saw_tooth = _SAW_TOOTH if "attention" in name else 0.0
-        return Grid.rising(axes, [ms[name, p] for p in points], saw_tooth=saw_tooth)
-    kind = name.split()[1]
+    if not part.cuts:
+        saw_tooth = _SAW_TOOTH if part.what.endswith("attention") else 0.0
+        return Grid.rising(axes, [ms[part, p] for p in points], saw_tooth=saw_tooth)
+    base = part._replace(what="base")
     # What scoring and merging add to the attention half of the same widths.
-    added = [
-        max(0.0, ms[name, p] - ms[f"base {kind} {name.split(' ', 2)[2]}", (p[0], *p[-2:])]) for p in points
-    ]
+    added = [max(0.0, ms[part, p] - ms[base, (p[0], *p[-2:])]) for p in points]
     # A difference of two times is as often too small as too large.
-    return Grid.rising(axes, added, saw_tooth=math.inf, but=1 if name.startswith("cut ") else None)
+    return Grid.rising(axes, added, saw_tooth=math.inf, but=1 if part.what == "cut" else None)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from ucc_search.compression.tokens import initial_state
 from ucc_search.config import ModelConfig
 from ucc_search.interfaces import INFERENCE_KINDS, Components, Site
 from ucc_search.latency.layout import Combination, Layout
-from ucc_search.latency.table import Conditions, block_kinds
+from ucc_search.latency.table import Conditions, Part, block_kinds
 from ucc_search.models import build_model
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
@@ -32,7 +32,10 @@ from ucc_search.plugins import Plugins
 Call = Callable[[], Any]
 Point = tuple[int, ...]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WHOLE, HALF = ("whole", ()), ("half", ())
+Key = tuple[Part | str, Point]
+"""A part at one point of its grid; a whole model by its name, at none."""
+WHOLE: Key = ("whole", ())
+HALF: Key = ("half", ())
 
 
 class Parts:
@@ -53,12 +56,11 @@ class Parts:
         self._inputs: dict[Point, Tensor] = {}
         self._modules: dict[Any, Any] = {}
 
-    def calls(self) -> Iterator[tuple[tuple[str, Point], Call]]:
+    def calls(self) -> Iterator[tuple[Key, Call]]:
         """What to time, by part and point."""
-        for name, axes in self._wanted.parts.items():
-            what, _, rest = name.partition(" ")
+        for part, axes in self._wanted.parts.items():
             for point in itertools.product(*(a or (0,) for a in axes)):
-                yield from self._part(name, what, rest, point)
+                yield from self._part(part, point)
         whole = build_model(self._config, classes=self.shape.classes, channels=self.shape.channels)
         whole, images = self._placed(whole, fresh=False), self._images()
         yield WHOLE, self._on(whole, images)
@@ -81,26 +83,24 @@ class Parts:
     def components(self, c: Combination) -> Components:
         return self._plugins.components(*(c.refs[k] for k in INFERENCE_KINDS))
 
-    def _part(
-        self, name: str, what: str, rest: str, point: Point
-    ) -> Iterator[tuple[tuple[str, Point], Call]]:
+    def _part(self, part: Part, point: Point) -> Iterator[tuple[Key, Call]]:
+        what, kind = part.what, part.number or 0
         if what == "stem":
-            yield (name, point), self._stem(int(rest), *point)
-        elif what in ("cut", "score"):
-            kind, _, key = rest.partition(" ")
-            combination = next(c for c in self._wanted.combinations if c.key == key)
+            yield (part, point), self._stem(kind, *point)
+        elif part.cuts:
+            combination = next(c for c in self._wanted.combinations if c.key == part.combination)
             kept = point[1] if what == "cut" else None
             bare = (point[0], *point[-2:])
-            yield (name, point), self._site(int(kind), combination, *bare, kept)
+            yield (part, point), self._site(kind, combination, *bare, kept)
             if kept in (None, 1000):
-                yield (f"base {kind} {key}", bare), self._base(int(kind), combination, *bare)
-        elif name.endswith("head") or what in ("restore", "carry"):
-            yield (name, point), self._end(name, *point)
-        elif "mlp" in name:
-            yield (name, point), self._mlp(int(name.split()[-1]), *point)
+                yield (part._replace(what="base"), bare), self._base(kind, combination, *bare)
+        elif what in ("head", "low head", "restore", "carry"):
+            yield (part, point), self._end(what, *point)
+        elif what in ("mlp", "low mlp"):
+            yield (part, point), self._mlp(kind, *point)
         else:
-            how, uneven = name.removeprefix("uneven ").partition(" ")[0], what == "uneven"
-            yield (name, point), self._attention(int(name.split()[-1]), how, point, uneven=uneven)
+            how, uneven = what.removeprefix("uneven ").partition(" ")[0], what.startswith("uneven ")
+            yield (part, point), self._attention(kind, how, point, uneven=uneven)
 
     # Inputs and modules
 

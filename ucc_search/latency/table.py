@@ -12,9 +12,10 @@ import bisect
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from ucc_search.errors import BudgetError
 from ucc_search.interfaces import ComponentRef, Components, Metric
@@ -25,6 +26,30 @@ NOISY = 0.25
 """A table whose rounds disagree by more is not kept. Alone on a machine they do by 5 to 15 %, beside two other
 programs on two cores by 100 % and more."""
 Axes = tuple[tuple[int, ...], ...]
+
+
+class Part(NamedTuple):
+    """What a time is of."""
+
+    what: str  # stem, attention, mlp, cut, score, head, restore or carry, with words before that say of which sort
+    number: int | None = None  # of the kind of block, or of the stem's stage
+    combination: str = ""  # of scorer and aggregator, where tokens are cut
+
+    @property
+    def cuts(self) -> bool:
+        """Whether it is timed as a difference, to the attention half without scores or cuts."""
+        return self.what in ("cut", "score")
+
+    def __str__(self) -> str:
+        """As tables in files name it; `of` is the inverse."""
+        return " ".join(str(x) for x in self if x not in (None, ""))
+
+    @classmethod
+    def of(cls, text: str) -> Part:
+        found = re.fullmatch(r"(\D+?)(?: (\d+)(?: (.+))?)?", text)
+        if found is None:
+            raise ValueError(f"it has a part {text!r}, which no model has")
+        return cls(found[1], None if found[2] is None else int(found[2]), found[3] or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +160,7 @@ class LatencyTable:
     dense_ms: float  # of the whole uncompressed model, for a batch
     factor: float  # from the sum of parts to a whole model, after which `constant_ms` is added
     constant_ms: float
-    grids: Mapping[str, Grid]
+    grids: Mapping[Part, Grid]
     noise: float = 0.0
     """By which share rounds of its measurement disagreed: of the whole model, and of nine in ten parts at most."""
 
@@ -146,7 +171,8 @@ class LatencyTable:
 
     def to_json(self) -> str:
         grids = {
-            name: {"axes": g.axes, "ms": [float(f"{v:.6g}") for v in g.ms]} for name, g in self.grids.items()
+            str(part): {"axes": g.axes, "ms": [float(f"{v:.6g}") for v in g.ms]}
+            for part, g in self.grids.items()
         }
         return json.dumps(
             {
@@ -173,7 +199,7 @@ class LatencyTable:
             if data["format"] != TABLE_FORMAT:
                 raise ValueError(f"its format is {data['format']!r}, expected {TABLE_FORMAT}")
             grids = {
-                name: Grid(tuple(map(tuple, g["axes"])), tuple(map(float, g["ms"])))
+                Part.of(name): Grid(tuple(map(tuple, g["axes"])), tuple(map(float, g["ms"])))
                 for name, g in data["grids"].items()
             }
             table = cls(
@@ -187,9 +213,9 @@ class LatencyTable:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"it is no latency table ({type(error).__name__}: {error})") from None
-        for name, grid in grids.items():
+        for part, grid in grids.items():
             if math.prod(len(a) for a in grid.axes if a) != len(grid.ms):
-                raise ValueError(f"its part {name!r} is not whole")
+                raise ValueError(f"its part {str(part)!r} is not whole")
         return table
 
 
@@ -255,20 +281,22 @@ class Latency(Metric):
         n_in = plan.tokens_in[index]
         ms = 0.0
         if block.attention:
-            name = f"{'head ' if only_head else 'biased ' if biased else ''}attention {kind}"
-            name = name if block.qk_dim == block.v_dim else f"uneven {name}"
-            ms += self._part(name, shape.prefix_tokens + n_in, dim, block.heads, block.qk_dim, block.v_dim)
+            what = f"{'head ' if only_head else 'biased ' if biased else ''}attention"
+            what = what if block.qk_dim == block.v_dim else f"uneven {what}"
+            ms += self._part(
+                Part(what, kind), shape.prefix_tokens + n_in, dim, block.heads, block.qk_dim, block.v_dim
+            )
         if combination is not None and block.tokens_out < n_in:
             share = round(1000 * block.tokens_out / n_in)
-            ms += self._part(f"cut {kind} {combination}", n_in, share, dim, block.heads)
+            ms += self._part(Part("cut", kind, combination), n_in, share, dim, block.heads)
         elif combination is not None:
-            ms += self._part(f"score {kind} {combination}", n_in, dim, block.heads)
+            ms += self._part(Part("score", kind, combination), n_in, dim, block.heads)
         if block.mlp:
             tokens = shape.head_tokens if only_head else shape.prefix_tokens + block.tokens_out
             if block.mlp_rank is None:
-                ms += self._part(f"mlp {kind}", tokens, dim, block.mlp_hidden)
+                ms += self._part(Part("mlp", kind), tokens, dim, block.mlp_hidden)
             else:
-                ms += self._part(f"low mlp {kind}", tokens, dim, block.mlp_hidden, block.mlp_rank)
+                ms += self._part(Part("low mlp", kind), tokens, dim, block.mlp_hidden, block.mlp_rank)
         return ms
 
     def _ends(self, plan: CompressionPlan, components: Components, scored: bool) -> float:
@@ -279,21 +307,21 @@ class Latency(Metric):
         key = (plan.embed_dims, plan.head_rank, last, restored, carries, plan.head_block is None)
         if key not in self._known:
             dims = (shape.channels, *plan.embed_dims)
-            ms = sum(self._part(f"stem {s}", *pair) for s, pair in enumerate(itertools.pairwise(dims)))
+            ms = sum(self._part(Part("stem", s), *pair) for s, pair in enumerate(itertools.pairwise(dims)))
             tokens = shape.tokens if restored and not shape.stages else last
             tokens = shape.head_tokens if plan.head_block is not None else shape.prefix_tokens + tokens
             rank = () if plan.head_rank is None else (plan.head_rank,)
-            ms += self._part("low head" if rank else "head", tokens, plan.embed_dim, *rank)
-            ms += self._part("restore", plan.embed_dim) if restored else 0.0
-            ms += self._part("carry", plan.embed_dim) if carries else 0.0
+            ms += self._part(Part("low head" if rank else "head"), tokens, plan.embed_dim, *rank)
+            ms += self._part(Part("restore"), plan.embed_dim) if restored else 0.0
+            ms += self._part(Part("carry"), plan.embed_dim) if carries else 0.0
             self._known[key] = ms
         return self._known[key]
 
-    def _part(self, name: str, *point: int) -> float:
-        grid = self.table.grids.get(name)
+    def _part(self, part: Part, *point: int) -> float:
+        grid = self.table.grids.get(part)
         if grid is None:
             raise BudgetError(
-                f"the latency table has no part {name!r}: it was measured for another model or space file; "
+                f"the latency table has no part {str(part)!r}: it was measured for another model or space file; "
                 "measure it for this one with `ucc-search latency`"
             )
         return grid(*point)
