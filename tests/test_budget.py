@@ -123,7 +123,7 @@ def test_an_unreachable_budget_names_the_reachable_range():
 
 def test_tokens_cannot_meet_a_limit_on_parameters():
     budget = Budget("macs=50%", DENSE_COST.macs // 2, max_params=DENSE_COST.params - 1)
-    with pytest.raises(BudgetError, match=r"pruning tokens removes no parameters: raise the budget"):
+    with pytest.raises(BudgetError, match=r"pruning tokens removes none: raise the budget or give space.widths"):
         project(DENSE, family([0.5] * 12), budget, UCC)
     within = Budget("macs=50%", DENSE_COST.macs // 2, max_params=DENSE_COST.params)
     assert within.holds(cost(project(DENSE, family([0.5] * 12), within, UCC), UCC))

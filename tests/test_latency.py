@@ -345,7 +345,7 @@ def test_limits_are_milliseconds_or_percentages():
     half = cost(DENSE).macs // 2
     assert found == [
         [("latency_ms=50%", None, [4.0]), ("latency_ms=3", None, [3.0])],
-        [("macs=50%", half, [2.0])],
+        [("macs=50%,latency_ms=25%", half, [2.0])],
         [("latency_ms=2.5", None, [2.5])],
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ucc_search.config import BudgetConfig
 from ucc_search.costs import Cost, Price, Pricer, cost
@@ -80,26 +81,30 @@ def budgets(
     others = [limit(name, value) for name, value in config.metrics.items()]
     timed = [limit(LATENCY, value, "budget") for value in config.latency_ms or ()]
     metric, targets = config.targets()
-    if metric == LATENCY:
-        return [
-            Budget(label(LATENCY, v), None, params, (*others, t)) for v, t in zip(targets, timed, strict=True)
-        ]
-    others += timed
+    given = {} if one is None else {"params": one}
+    if metric != LATENCY and config.latency_ms is not None:
+        others += timed
+        given[LATENCY] = config.latency_ms[0]  # beside other targets there is one alone
+    beside = [label(name, v) for name, v in (given | dict(config.metrics)).items() if name != metric]
+
+    def budget(value: str | float | None, **limits: Any) -> Budget:
+        target = [] if value is None else [label(metric, value)]
+        return Budget(",".join(target + beside), **{"max_params": params, "limits": tuple(others), **limits})
+
     if not targets:
-        named = ",".join(label(name, value) for name, value in config.metrics.items())
-        return [Budget(named, None, None, tuple(others))]
+        return [budget(None)]
+    if metric == LATENCY:
+        return [budget(v, limits=(*others, t)) for v, t in zip(targets, timed, strict=True)]
     if metric == "params":
-        weights = [_limit(v, dense.params, "budget.params") for v in targets]
-        return [
-            Budget(label("params", v), None, w, tuple(others)) for v, w in zip(targets, weights, strict=True)
-        ]
+        return [budget(v, max_params=_limit(v, dense.params, "budget.params")) for v in targets]
     per_mac = 2 if metric == "flops" else 1
-    most = [_limit(v, per_mac * dense.macs, f"budget.{metric}") // per_mac for v in targets]
-    return [Budget(label(metric, v), m, params, tuple(others)) for v, m in zip(targets, most, strict=True)]
+    return [
+        budget(v, max_macs=_limit(v, per_mac * dense.macs, f"budget.{metric}") // per_mac) for v in targets
+    ]
 
 
 def label(metric: str, value: str | float) -> str:
-    """How a target is named in tables: `macs=50%`."""
+    """How a limit is named in tables: `macs=50%`."""
     return f"{metric}={_text(value)}"
 
 
@@ -189,7 +194,7 @@ def project(
             least = limit.metric.value(strongest, components)
             if least > limit.most:
                 raise _below(budget, limit, least, advice)
-        raise unreachable(budget, cost(strongest, components), dense, advice)
+        raise unreachable(budget, cost(strongest, components), dense, advice, narrows=bool(widths))
     found, high = _first_that_fits(at, fits, weakest, strongest)
     before, real = None, profile(high)
     while found != before:
@@ -340,12 +345,12 @@ def _below(budget: Budget, limit: Limit, least: float, advice: str) -> BudgetErr
     return BudgetError(f"{text}reachable are {share:.1f}% to 100% of {limit.whole:.4g} {unit}; {advice}")
 
 
-def unreachable(budget: Budget, smallest: Cost, dense: Cost, advice: str) -> BudgetError:
+def unreachable(budget: Budget, smallest: Cost, dense: Cost, advice: str, *, narrows: bool) -> BudgetError:
     """Names the reachable range and what to do."""
     if budget.max_params is not None and smallest.params > budget.max_params:
         return BudgetError(
-            f"budget {budget.label}: {format_params(budget.max_params)} is below the smallest plan's "
-            f"{format_params(smallest.params)}; pruning tokens removes no parameters: {advice}"
+            f"budget {budget.label}: of parameters {format_params(budget.max_params)} are below the smallest plan's "
+            f"{format_params(smallest.params)}; pruning tokens removes none: raise the budget or {_narrower(narrows)}"
         )
     share = 100 * smallest.macs / dense.macs
     return BudgetError(
@@ -356,5 +361,8 @@ def unreachable(budget: Budget, smallest: Cost, dense: Cost, advice: str) -> Bud
 
 def _advice(plan: CompressionPlan, *, narrows: bool) -> str:
     tokens = [] if plan.shape.stages else ["lower space.keep_ratio.low"]
-    widths = "lower the bounds of space.widths" if narrows else "give space.widths ranges"
-    return ", ".join(["raise the budget", *tokens]) + f" or {widths}"
+    return ", ".join(["raise the budget", *tokens]) + f" or {_narrower(narrows)}"
+
+
+def _narrower(narrows: bool) -> str:
+    return "lower the bounds of space.widths" if narrows else "give space.widths ranges"

@@ -170,7 +170,9 @@ def check_budgets(config: RunConfig, scheduler: Scheduler, space: SearchSpace, p
                 if not _needs_model(candidate, plugins):
                     scheduler.plan(candidate, budget)
             except BudgetError as error:
-                raise BudgetError(f"baseline {name!r}: {error}, or leave the baseline out") from None
+                raise BudgetError(
+                    f"baseline {name!r}: {error}, or leave the baseline out (--set baselines=[] leaves out all)"
+                ) from None
 
 
 def _needs_model(candidate: Candidate, plugins: Plugins) -> bool:
