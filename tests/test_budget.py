@@ -123,7 +123,9 @@ def test_an_unreachable_budget_names_the_reachable_range():
 
 def test_tokens_cannot_meet_a_limit_on_parameters():
     budget = Budget("macs=50%", DENSE_COST.macs // 2, max_params=DENSE_COST.params - 1)
-    with pytest.raises(BudgetError, match=r"pruning tokens removes none: raise the budget or give space.widths"):
+    with pytest.raises(
+        BudgetError, match=r"pruning tokens removes none: raise the budget or give space.widths"
+    ):
         project(DENSE, family([0.5] * 12), budget, UCC)
     within = Budget("macs=50%", DENSE_COST.macs // 2, max_params=DENSE_COST.params)
     assert within.holds(cost(project(DENSE, family([0.5] * 12), within, UCC), UCC))
@@ -167,3 +169,22 @@ def test_what_is_no_budget_is_refused_by_its_key(value):
     for key in ("macs", "flops", "params"):
         with pytest.raises(BudgetError, match=rf"budget\.{key} is '{value}', expected"):
             budgets(BudgetConfig(**{key: value}), DENSE_COST)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"macs": ["70%", {"low": "40%", "high": "60%"}]},
+        {"latency_ms": {"low": "40%", "high": "60%"}},
+        {"params": [["50%"]]},
+    ],
+)
+def test_a_range_stands_alone(budget):
+    with pytest.raises(ValueError, match="holds a range or a list where single values are expected"):
+        BudgetConfig(**budget)
+
+
+def test_a_budget_is_named_by_all_its_limits():
+    several = budgets(BudgetConfig(macs=["60%", "40%"], params="80%"), DENSE_COST)
+    assert [b.label for b in several] == ["macs=60%,params=80%", "macs=40%,params=80%"]
+    assert {b.max_params for b in several} == {DENSE_COST.params * 80 // 100}

@@ -52,10 +52,18 @@ class TargetRange(Frozen):
         return tuple(f"{min(low + i * by, high):.12g}{sign}" for i in range(count + 1))
 
 
+def _values(value: Any) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(v, Mapping | list | tuple) for v in values):
+        raise ValueError(
+            "holds a range or a list where single values are expected; a range {low, high} stands alone, for macs, "
+            "flops or params"
+        )
+    return values
+
+
 def _budget_list(value: Any) -> Any:
-    if isinstance(value, Mapping | TargetRange):
-        return value
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
+    return value if isinstance(value, Mapping | TargetRange) else _values(value)
 
 
 def _target_tag(value: Any) -> str:
@@ -67,10 +75,6 @@ Targets = Annotated[
     Discriminator(_target_tag),
     BeforeValidator(_budget_list),
 ]
-
-
-def _values(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 class BudgetConfig(Frozen):
