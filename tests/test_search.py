@@ -216,7 +216,7 @@ def test_what_was_measured_is_answered_from_the_store(tmp_path, monkeypatch):
     config = tiny_config(
         budget={"macs": ["70%", "100%"]},
         space={**fixed, "distiller": ["none", "logits"]},
-        search={"trials": 10, "promote": 0},
+        search={"trials": 10, "promote": 0, "sampler": "random"},
         baselines=[{"name": "fixed", **fixed, "distiller": "none"}, {"name": "again", **fixed}],
     )
     path = tmp_path / "run"
