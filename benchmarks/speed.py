@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from ucc_search.budget import Budget, project
 from ucc_search.compression import compress, shape_of
 from ucc_search.costs import cost
 from ucc_search.interfaces import ComponentRef, Components, ScheduleRequest
+from ucc_search.latency.kept import cpu_name
 from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.timing import Spread, Timings, interleave
@@ -145,14 +145,6 @@ def table(results: dict[str, Any]) -> str:
 
 def _spread(value: Spread) -> str:
     return f"{value.median:.3f} ({value.low:.3f} to {value.high:.3f})"
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

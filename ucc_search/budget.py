@@ -32,6 +32,10 @@ class Limit:
     whole: float
     """The uncompressed model's value."""
 
+    def over(self, value: float) -> float:
+        """How far over the limit a value is, as a share of it; at most 0 is within."""
+        return value / self.most - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -52,11 +56,10 @@ class Budget:
         """Whether all limits hold; the cheap ones are asked first."""
         return self.holds(price) and all(x.metric.value(plan, components) <= x.most for x in self.limits)
 
-    def over(self, plan: CompressionPlan, price: Cost | Price, components: Components) -> dict[str, float]:
-        """By limit, how far over it a plan is, as a share of it; at most 0 is within."""
-        limits = {"macs": (price.macs, self.max_macs), "params": (price.params, self.max_params)}
-        found = {k: value / most - 1 for k, (value, most) in limits.items() if most is not None}
-        return found | {x.name: x.metric.value(plan, components) / x.most - 1 for x in self.limits}
+    def over(self, macs: int, params: int) -> dict[str, float]:
+        """By limit, how far over it a price is, as a share of it; at most 0 is within. Other prices: `Limit.over`."""
+        limits = {"macs": (macs, self.max_macs), "params": (params, self.max_params)}
+        return {k: value / most - 1 for k, (value, most) in limits.items() if most is not None}
 
 
 def budgets(
@@ -159,8 +162,9 @@ def project(
     fits. What is left of the budget is then spent on single steps of width, those that keep least
     first, and after them token by token, in the order in which the family itself would give tokens
     back, until nothing fits any more; blocks that keep equally many get their token together, unless
-    more than 0.5 % of the MACs would stay unused (see `_fill`). The result is a pure function of its arguments; a larger
-    budget never gives a cheaper plan, and projecting the result's own ratios again gives the result.
+    more than 0.5 % of the MACs would stay unused (see `_fill`). The result is a pure function of its
+    arguments; a larger budget never gives a cheaper plan, and projecting the result's own ratios again
+    gives the result.
 
     Args:
         plan: everything but tokens and widths.
@@ -349,7 +353,7 @@ def unreachable(budget: Budget, smallest: Cost, dense: Cost, advice: str, *, nar
     """Names the reachable range and what to do."""
     if budget.max_params is not None and smallest.params > budget.max_params:
         return BudgetError(
-            f"budget {budget.label}: of parameters {format_params(budget.max_params)} are below the smallest plan's "
+            f"budget {budget.label}: {format_params(budget.max_params)} are below the smallest plan's "
             f"{format_params(smallest.params)}; pruning tokens removes none: raise the budget or {_narrower(narrows)}"
         )
     share = 100 * smallest.macs / dense.macs

@@ -111,7 +111,7 @@ def latency_found(
 def latency_text(found: dict[str, Any]) -> str:
     """`latency_found`, or what `preview` has of it, for people."""
     if not found["measured"]:
-        return NO_TABLE.partition(": ")[2]
+        return NO_TABLE
     least = "" if found["min_ms"] is None else f", {found['min_ms']:.3g} ms with everything pruned"
     return f"{found['dense_ms']:.3g} ms uncompressed{least}: {found['conditions']}"
 

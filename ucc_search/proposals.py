@@ -194,14 +194,21 @@ class Proposals:
             "kl": row.kl,
         }
         budget = next(b for b in self._budgets if b.label == row.target)
-        plan = self._store.plan(row.id)
-        parts = self._parts(self._space.decode(row.params_searched))
-        over = budget.over(plan, cost(plan, parts), parts)
-        if row.limit_latency_ms is not None and row.latency_ms_predicted is not None:
-            over[LATENCY] = row.latency_ms_predicted / row.limit_latency_ms - 1  # by the table of that day
-        measured = Measured(row.params_searched, values, over)
+        measured = Measured(row.params_searched, values, self._over(budget, row))
         with self._store.writing():
             self._proposers[row.target].tell(measured, attributes)
+
+    def _over(self, budget: Budget, row: TrialRow) -> dict[str, float]:
+        """By limit, how far over it a trial is; what the row does not hold is priced again."""
+        over = budget.over(row.macs, row.params)
+        for limit in budget.limits:
+            if limit.name == LATENCY and row.latency_ms_predicted is not None:
+                value = row.latency_ms_predicted  # by the table of that day
+            else:
+                parts = self._parts(self._space.decode(row.params_searched))
+                value = limit.metric.value(self._store.plan(row.id), parts)
+            over[limit.name] = limit.over(value)
+        return over
 
 
 JOURNAL = "study.journal"

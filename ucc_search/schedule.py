@@ -26,9 +26,7 @@ Profile = Callable[[float], Sequence[float]]
 Evaluate = Callable[[Sequence[int]], float]
 MakeEvaluate = Callable[[Components, CompressionPlan], Evaluate]
 DepthOrder = Callable[[ComponentRef], Sequence[int]]
-NO_TABLE = (
-    "budget.latency_ms: not measured here yet; `ucc-search latency SPACE` does it now, a search does it first"
-)
+NO_TABLE = "not measured here yet; `ucc-search latency SPACE` does it now, a search does it first"
 
 
 class Scheduler:
@@ -67,7 +65,7 @@ class Scheduler:
         self.latency = Latency(latency) if latency is not None else None
         if config.budget.latency_ms is not None:
             if self.latency is None:
-                raise BudgetError(NO_TABLE)
+                raise BudgetError(f"budget.{LATENCY}: {NO_TABLE}")
             limits[LATENCY] = (self.latency, self.latency.table.dense_ms)
         self.budgets = budgets(config.budget, self.dense_cost, limits)
         self._profiles: dict[str, Profile] = {}

@@ -58,9 +58,7 @@ class TrialRow:
     latency_ms: float | None = None  # of a batch, timed on the finished model beside the dense one
     latency_ms_predicted: float | None = None  # by the table, which the budget goes by
     limit_latency_ms: float | None = None  # what the budget allowed
-    latency_over: float | None = (
-        None  # measured over allowed, minus 1; above 0 was slower than its limit, which the table held
-    )
+    latency_over: float | None = None  # measured over allowed, minus 1; above 0 is slower than the limit
     scorer: str = ""  # names of the components; their parameters are in `components`
     aggregator: str = ""
     cascade: str = ""

@@ -120,13 +120,8 @@ def train_rank(task: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
     return vars(_train(warm_bench(task["config"], task["plugins"]), task, worker))
 
 
-_MEASURED = (
-    *("kl", "accuracy", "test_accuracy", "loss", "latency_ms", "compute_seconds", "metrics", "continued"),
-)
-
-
 def _outcome(measured: Measurement) -> dict[str, Any]:
-    values = {k: getattr(measured, k) for k in _MEASURED}
+    values = dict(vars(measured))
     bad = [k for k in ("kl", "loss") if values[k] is not None and not math.isfinite(values[k])]
     if bad:
         return {"state": "failed", "failure": "not_finite", "error": f"{bad[0]} is {values[bad[0]]}"}

@@ -20,11 +20,8 @@ from ucc_search.cli.options import (
     Space,
     load_plugins,
     load_space,
+    note,
 )
-
-
-def _echo(line: str) -> None:
-    typer.echo(line)
 
 
 @app.command()
@@ -46,10 +43,7 @@ def latency(
     plugins = load_plugins(config, plugin, disable_plugin, no_plugins)
     from ucc_search.preview import latency_found, latency_text
 
-    def log(line: str) -> None:
-        typer.echo(line, err=True)
-
-    found = latency_found(config, plugins, out=out, again=again, log=log)
+    found = latency_found(config, plugins, out=out, again=again, log=note)
     typer.echo(json.dumps(found, indent=1) if as_json else latency_text(found))
 
 
@@ -64,7 +58,7 @@ def train_teacher(
     from ucc_search.binding import bind
     from ucc_search.teachers import teacher_for_command
 
-    teacher_for_command(bind(config, load_plugins(config, None, None)), out, log=_echo)
+    teacher_for_command(bind(config, load_plugins(config, None, None)), out, log=typer.echo)
 
 
 @app.command()
@@ -82,7 +76,7 @@ def importance(
     from ucc_search.scoring import score_units, scores_text
 
     try:
-        found = score_units(config, plugins, log=lambda line: typer.echo(line, err=True))
+        found = score_units(config, plugins, log=note)
     except KeyboardInterrupt:
         typer.echo("interrupted; what was scored is kept, run it again to go on", err=True)
         raise typer.Exit(130) from None
@@ -107,7 +101,7 @@ def sensitivity(
     from ucc_search.sensitivity import probe_blocks, probe_json
     from ucc_search.tables import print_probes
 
-    found = probe_blocks(config, plugins, keep=keep, log=lambda line: typer.echo(line, err=True))
+    found = probe_blocks(config, plugins, keep=keep, log=note)
     if as_json:
         typer.echo(json.dumps(probe_json(found), indent=1))
     else:
@@ -149,7 +143,7 @@ def reproduce(
         trial,
         sources=plugin or (),
         allow_changes=allow_changes,
-        log=lambda line: typer.echo(line, err=True),
+        log=note,
     )
     typer.echo(json.dumps(found, indent=1) if as_json else reproduce_text(found))
     raise typer.Exit(0 if found["equal"] else 1)

@@ -38,6 +38,11 @@ Trial = Annotated[int | None, typer.Option(help="Which trial of the run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def note(line: str) -> None:
+    """A line that is no result: on stderr, so that what is piped on stays clean."""
+    typer.echo(line, err=True)
+
+
 def load_space(
     space: Path,
     sets: list[str] | None,

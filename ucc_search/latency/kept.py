@@ -131,9 +131,9 @@ def _key(
 ) -> str:
     """Of all that decides about the times, as far as it is known without torch."""
     components = {
-        f"{kind} {ref.name}": plugins.identity(kind, ref.name)
+        f"{kind} {c.refs[kind].name}": plugins.identity(kind, c.refs[kind].name)
         for c in wanted.combinations
-        for kind, ref in zip(INFERENCE_KINDS, (c.refs[k] for k in INFERENCE_KINDS), strict=True)
+        for kind in INFERENCE_KINDS
     }
     facts = {
         "format": TABLE_FORMAT,
