@@ -10,6 +10,7 @@ from typing import Any
 from ucc_search import load_run
 from ucc_search.analysis import measured
 from ucc_search.spread import Standing, standings
+from ucc_search.strength import three_stages
 from ucc_search.timing import Timings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,7 @@ def pages() -> dict[Path, str]:
     """The pages with the measured lines between their marks."""
     return {
         README: written(README, [*search(), *quality(), *speed(), *faults(), *delivery()]),
-        RESULTS / "README.md": written(RESULTS / "README.md", delivery()),
+        RESULTS / "README.md": written(RESULTS / "README.md", [*delivery(), *stages()]),
     }
 
 
@@ -82,28 +83,34 @@ def quality() -> list[str]:
 def speed() -> list[str]:
     """Of UCC beside its MAC ratio, and the peers that are faster at equal MACs."""
     found = read(RESULTS / "speed.json")["measured"]
-    lines = []
-    for key, share in (("32@63%", "63 %"), ("32@46%", "46 %"), ("1@63%", "63 %")):
+    said = []
+    for key, where in (
+        ("32@63%", "batch 32, 63 % of the MACs"),
+        ("32@46%", "batch 32, 46 %"),
+        ("1@63%", "batch 1, 63 %"),
+    ):
         methods = found[key]
         times = Timings({name: tuple(m["seconds"]) for name, m in methods.items()})
-        said = []
-        for name in ("UCC, three stages", "UCC, every block"):
-            ratio = times.speedup(name, "dense")
-            said.append(
-                f"{name.removeprefix('UCC, ')} {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-            )
+        three, every = (times.speedup(f"UCC, {name}", "dense") for name in ("three stages", "every block"))
         macs = methods["dense"]["macs"] / methods["UCC, three stages"]["macs"]
-        faster = [
-            f"{name} {gain.median:.2f}"
+        gains = {
+            name: times.speedup(name, "UCC, three stages").median
             for name, m in methods.items()
-            if m["kind"] == "peer" and (gain := times.speedup(name, "UCC, three stages")).median > 1
-        ]
-        lines.append(
-            f"**Speed-up of DeiT-S by UCC** on a CPU, batch {key.partition('@')[0]}, at {share} of the MACs ({macs:.2f} times "
-            f"fewer), median and quartiles: {'; '.join(said)}. Peers that are faster than three stages at equal MACs: "
-            f"{', '.join(faster) or 'none'}."
+            if m["kind"] == "peer"
+        }
+        faster = ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items() if gain > 1)
+        said.append(
+            f"{where} ({macs:.2f} times fewer): {three.median:.2f} ({three.low:.2f} to {three.high:.2f}), "
+            f"cutting in every block {every.median:.2f}, peers that are faster: {faster or 'none'}"
         )
-    return lines
+    return [
+        f"**Speed-up of DeiT-S by UCC** in three stages on a CPU, median and quartiles. {_sentence(said)}."
+    ]
+
+
+def _sentence(parts: list[str]) -> str:
+    text = "; ".join(parts)
+    return text[0].upper() + text[1:]
 
 
 def faults() -> list[str]:
@@ -131,6 +138,28 @@ def delivery() -> list[str]:
         f"give the logits of the trial's model as ONNX ({far['onnx']}), by torch.export ({far['torch-export']}) and "
         f"compiled as one graph without a break ({far['compile']})."
     ]
+
+
+def stages() -> list[str]:
+    """Of where three stages should be."""
+    lines = []
+    for teacher, found in read(RESULTS / "stages.json").items():
+        depth = found["depth"]
+        quarters = ",".join(str(q * depth // 4) for q in (1, 2, 3))
+        default = ",".join(map(str, three_stages(depth)))
+        said = []
+        for budget, kl in found["budgets"].items():
+            every = kl["three blocks"]
+            best = min(every, key=every.__getitem__)
+            closer = sum(v < every[default] for v in every.values())
+            said.append(
+                f"at {budget} {every[default]:.3f} ({closer} of {len(every)} choices are closer, the best {best} with "
+                f"{every[best]:.3f}), at {quarters} {every[quarters]:.3f}, in every block {kl['every block']:.3f}"
+            )
+        lines.append(
+            f"**Stages**, a teacher of {teacher}, KL without training when tokens leave at {default}: {'; '.join(said)}."
+        )
+    return lines
 
 
 def read(path: Path) -> Any:

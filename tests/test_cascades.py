@@ -101,7 +101,9 @@ def test_constant_goes_on_with_one_token_once_the_others_are_gone():
 
 def test_staged_cuts_where_told():
     profile = Staged().profile(request())(0.5)
-    assert profile == pytest.approx([196] * 3 + [98] * 3 + [49] * 3 + [24.5] * 3)
+    assert profile == pytest.approx([196] + [98] * 4 + [49] * 4 + [24.5] * 3)
+    published = Staged(blocks=[3, 6, 9]).profile(request())(0.5)
+    assert published == pytest.approx([196] * 3 + [98] * 3 + [49] * 3 + [24.5] * 3)
     tiny = ScheduleRequest(small_shape(depth=1))
     assert Staged().profile(tiny)(0.5) == pytest.approx([8])
     with pytest.raises(PlanError, match="block 12"):

@@ -45,7 +45,7 @@ ALLOWED = {
     },
     "widths": {"config", "errors", "plan", "strength"},
     "budget": {"config", "costs", "errors", "interfaces", "plan", "units", "widths"},
-    "space": {"config", "errors", "interfaces", "plan", "plugins", "widths"},
+    "space": {"config", "errors", "interfaces", "plan", "plugins", "strength", "widths"},
     "schedule": {
         *(
             "budget",

@@ -13,6 +13,7 @@ from ucc_search.errors import ConfigError
 from ucc_search.interfaces import INFERENCE_KINDS, ComponentRef, Dimension
 from ucc_search.plan import CompressionPlan, ModelShape
 from ucc_search.plugins import Plugins
+from ucc_search.strength import three_stages
 from ucc_search.widths import Ratios, Widths
 
 _WIDTH = "width."
@@ -157,7 +158,7 @@ class SearchSpace:
         count, bounds = self.blocks_with_keep, self.config.keep_ratio
         if not count:
             return []
-        stages = {self.depth // 4, self.depth // 2, 3 * self.depth // 4}
+        stages = three_stages(self.depth)
         shapes = [
             [0.8 if i else 1.0 for i in range(count)],
             [0.5 if i in stages else 1.0 for i in range(count)],

@@ -58,12 +58,12 @@ class Host(Aggregator):
 
         assert scores_BN is not None
         keep_BR, prune_BP = split_by_score(scores_BN, keep)
-        norm_BN = view.patches_BND.norm(dim=-1).clamp_min(1e-6)
         kept_BRD, pruned_BPD = (gather_rows(view.x_BTD, i, view.prefix) for i in (keep_BR, prune_BP))
+        norm_BR, norm_BP = (x.norm(dim=-1).clamp_min(1e-6) for x in (kept_BRD, pruned_BPD))
         # The norms divide the few products, not the many tokens; a token's own norm does not move its maximum.
-        product_BPR = pruned_BPD @ kept_BRD.transpose(1, 2) / norm_BN.gather(1, keep_BR)[:, None]
+        product_BPR = pruned_BPD @ kept_BRD.transpose(1, 2) / norm_BR[:, None]
         highest_BP, host_BP = product_BPR.max(dim=-1)
-        weight_BP = (highest_BP / norm_BN.gather(1, prune_BP)).exp()
+        weight_BP = (highest_BP / norm_BP).exp()
         if self.weighting == "score":
             score_BN = scores_BN.detach()
             host_score_BP = score_BN.gather(1, keep_BR).gather(1, host_BP)
@@ -157,9 +157,12 @@ def rounds(count: int, keep: int) -> list[int]:
 
 def split_by_score(scores_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """(keep_BR, prune_BP): the `keep` highest scores and the others, each in ascending order."""
-    order_BN = scores_BN.argsort(dim=1, descending=True, stable=True)
-    pruned_BN = order_BN.new_zeros(order_BN.shape).scatter(1, order_BN[:, keep:], 1)
-    both_BN = pruned_BN.argsort(dim=1, stable=True)
+    # Only where scores tie does the order of all matter: the highest are found without it.
+    lowest_B1 = scores_BN.topk(keep, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    higher_BN, level_BN = scores_BN > lowest_B1, scores_BN == lowest_B1
+    room_B1 = keep - higher_BN.sum(dim=1, keepdim=True)
+    kept_BN = higher_BN | (level_BN & (level_BN.cumsum(dim=1) <= room_B1))
+    both_BN = kept_BN.byte().argsort(dim=1, descending=True, stable=True)
     return both_BN[:, :keep], both_BN[:, keep:]
 
 

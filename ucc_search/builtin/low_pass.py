@@ -13,7 +13,7 @@ from ucc_search.interfaces import TokenView
 _TINY = 1e-12  # keeps all-zero tokens from dividing by zero
 _TAIL = 1e-6
 """Taps of the filter that together are less than this are left out: what float32 rounds away anyway."""
-_WINDOW = 33  # places at a time, when neighbours alone matter; no result depends on it
+_WINDOW = 18  # places at a time, when neighbours alone matter; no result depends on it
 _SHORT, _FEW = 96, 2
 """Up to this length, and with fewer images, a matrix product beat the FFT on two cores; no result depends on it."""
 
@@ -56,21 +56,26 @@ class LowPass(nn.Module):
             self.register_buffer("odd", ((gain - mirrored) / 2)[..., :half, None].float(), persistent=False)
 
     def forward(self, values_BNX: Tensor) -> Iterator[Tensor]:
-        """size_BnX of successive places; values float32, N the product of the lengths."""
-        images, places, _ = values_BNX.shape
+        """size_BnX of successive places, each in the memory of the last; values float32, N the product of the lengths."""
+        images, places, width = values_BNX.shape
         if self.reach:
-            both_MN = torch.cat([self.real_MN, self.imaginary_MN])
+            tracing = torch.compiler.is_compiling()
             for first in range(0, places, self.step):
                 count = min(self.step, places - first)
-                if count < self.step:
-                    width = count + 2 * self.reach
-                    both_MN = torch.cat([m[:count, :width] for m in (self.real_MN, self.imaginary_MN)])
+                if first == 0 or count < self.step:
+                    both_MN = self._both(count).expand(images, -1, -1)
+                    buffer = None if tracing else values_BNX.new_empty(images, 2 * count, width)
                 window_BNX = _window(values_BNX, first - self.reach, first + count + self.reach)
-                yield _size(*(both_MN @ window_BNX).split(count, dim=1))
+                yield _size(*torch.bmm(both_MN, window_BNX, out=buffer).split(count, dim=1))
         elif torch.compiler.is_compiling() or places <= _SHORT or images < _FEW:
             yield _size(self.real_MN @ values_BNX, self.imaginary_MN @ values_BNX)
         else:
             yield _size(*self._by_fft(values_BNX))
+
+    def _both(self, count: int) -> Tensor:
+        """[2 count, count + 2 reach]: the real and the imaginary filter for `count` places at a time."""
+        width = count + 2 * self.reach
+        return torch.cat([self.real_MN[:count, :width], self.imaginary_MN[:count, :width]])
 
     def _by_fft(self, values_BNX: Tensor) -> Iterator[Tensor]:
         """real_BNX, imaginary_BNX."""
@@ -152,7 +157,7 @@ class LowPassEnergy(nn.Module):
             energy_BN = torch.stack([s.sum(dim=1) for s in low_pass(z_BND.transpose(1, 2))]).sum(dim=0)
         else:
             energy_BN = torch.cat([s.sum(dim=-1) for s in low_pass(z_BND)], dim=1)
-        whole_B1 = torch.linalg.vector_norm(z_BND, 1, dim=(1, 2))[:, None] / z_BND.shape[1]
+        whole_B1 = _sum_of_sizes(z_BND)[:, None] / z_BND.shape[1]
         return energy_BN / whole_B1.clamp_min(_TINY)
 
     def _filter(self, z_BND: Tensor, grid: tuple[int, int]) -> LowPass:
@@ -174,6 +179,18 @@ def low_pass_gain(length: int, kappa: float) -> Tensor:
     k_K = torch.arange(length, dtype=torch.float64)
     middle, width = (length - 1) / 2, length * kappa / 2
     return 1 - torch.exp(-((k_K - middle) ** 2) / (2 * width**2))
+
+
+def _sum_of_sizes(values_BNX: Tensor) -> Tensor:
+    """Sum of the absolute values of each image; on a CPU a few places at a time, in memory that is used again."""
+    if torch.compiler.is_compiling():
+        return values_BNX.abs().sum(dim=(1, 2))
+    batch, places, width = values_BNX.shape
+    memory = values_BNX.new_empty(batch, min(places, _WINDOW), width)
+    total_B = values_BNX.new_zeros(batch)
+    for part_BnX in values_BNX.split(_WINDOW, dim=1):
+        total_B += torch.abs(part_BnX, out=memory[:, : part_BnX.shape[1]]).sum(dim=(1, 2))
+    return total_B
 
 
 def _size(real: Tensor, imaginary: Tensor) -> Tensor:

@@ -109,17 +109,22 @@ class CompressedAttention(nn.Module):
             return mixed, attn.mean(dim=2), attn[:, :, 0]
         mixed_BQHV = v_BHTV.new_empty(batch, queries, heads, width)  # as the projection reads it
         received, class_row = (v_BHTV.new_empty(batch, heads, keys) for _ in range(2))
+        mean_X1Q = q_BHQK.new_full((slices[0].stop * heads, 1, queries), 1 / queries)
+        memory = q_BHQK.new_empty(
+            slices[0].stop * heads, queries, keys
+        )  # the last slice may have fewer images
         for s in slices:
             q, k, v = (t[s].flatten(0, 1) for t in (q_BHQK, k_BHTK, v_BHTV))
+            attn, mean = memory[: q.shape[0]], mean_X1Q[: q.shape[0]]
             if bias_B11T is None:
-                attn = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=self.scale)
+                torch.baddbmm(attn, q, k.transpose(1, 2), beta=0, alpha=self.scale, out=attn)
             else:
                 bias = bias_B11T[s].expand(-1, heads, -1, -1).flatten(0, 1)
-                attn = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=self.scale)
+                torch.baddbmm(bias, q, k.transpose(1, 2), alpha=self.scale, out=attn)
             torch.softmax(attn, dim=-1, out=attn)
+            torch.bmm(mean, attn, out=received[s].flatten(0, 1)[:, None])
+            class_row[s] = attn[:, 0].unflatten(0, (-1, heads))
             mixed_BQHV[s] = (self.attn_drop(attn) @ v).unflatten(0, (-1, heads)).transpose(1, 2)
-            map_BHQT = attn.unflatten(0, (-1, heads))
-            received[s], class_row[s] = map_BHQT.mean(dim=2), map_BHQT[:, :, 0]
         return mixed_BQHV.transpose(1, 2), received, class_row
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

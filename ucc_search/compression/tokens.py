@@ -63,10 +63,10 @@ def reduce_tokens(
     own_BR = self_BR / total_BR
 
     def mix(values_BTX: Tensor, stay_BT: Tensor, before: int) -> Tensor:
-        """One copy of what stays; the rest happens in place."""
+        """One copy of what stays and one of what goes; the rest happens in place."""
         mixed_BTX = gather_rows(values_BTX, stay_BT)
         mixed_BTX[:, before:].mul_(own_BR[..., None].to(values_BTX.dtype))
-        added_BPX = gather_rows(values_BTX, prune_BP, before) * share_BP[..., None].to(values_BTX.dtype)
+        added_BPX = gather_rows(values_BTX, prune_BP, before).mul_(share_BP[..., None].to(values_BTX.dtype))
         hosts = flat_rows(host_BP, mixed_BTX.shape[1], before)
         mixed_BTX.flatten(0, 1).index_add_(0, hosts, added_BPX.flatten(0, 1))
         return mixed_BTX
