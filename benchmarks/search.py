@@ -229,7 +229,7 @@ def hand(arguments: argparse.Namespace) -> None:
     problem = Problem(arguments.space, arguments.cache)
     found: dict[str, float] = {}
     cascades = ["geometric", {"name": "geometric", "first_block": 0}, "staged", "constant"]
-    cascades += [{"name": "staged", "blocks": [1]}, {"name": "staged", "blocks": [0, 2, 4]}]
+    cascades += [{"name": "staged", "blocks": [1]}, {"name": "staged", "blocks": [1, 3, 4]}]
     narrow = {"embed": {"low": 0.5}, "attention": {"low": 0.25}, "mlp": {"low": 0.25}}
     some = {"attention": {"low": 0.25}, "mlp": {"low": 0.25}}
     made = [{"name": str(c), "cascade": c} for c in cascades]
