@@ -10,6 +10,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """Whole runs of one file share their teachers, and see nobody's cache or plugins."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UCC_SEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("UCC_SEARCH_PLUGINS", raising=False)
+        yield
+
+
 @pytest.fixture
 def always_fft(monkeypatch):
     """The spectral filter as FFTs at any length, which is what its declared cost counts.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ucc_search.config import RunConfig, parse_config
+from ucc_search.plan import CompressionPlan
+from ucc_search.runs import Run
 from ucc_search.store import TrialRow
 
 DENSE_MACS = 10_000_000
@@ -52,3 +54,9 @@ def row(id: int, **changes: Any) -> TrialRow:
 
 def zero_shot(id: int, **changes: Any) -> TrialRow:
     return row(id, **{"rung": "zero-shot", "fidelity": 0, "test_accuracy": None, **changes})
+
+
+def saved_plan(run: Run, row: TrialRow) -> CompressionPlan:
+    """What a trial of a run on disk was."""
+    text = (run.path / "trials" / str(row.id) / "plan.json").read_text(encoding="utf-8")
+    return CompressionPlan.from_json(text)

@@ -10,27 +10,23 @@ from collections import Counter
 
 import optuna
 import pytest
-from shapes import small_shape
+from rows import saved_plan
 from tiny import tiny_config
 
 from ucc_search import estimate, workbench, worker
 from ucc_search.analysis import pareto_front
-from ucc_search.builtin import importances
 from ucc_search.campaign import Campaign, Job
 from ucc_search.costs import cost
 from ucc_search.data import load_data
-from ucc_search.errors import ConfigError, PlanError, PluginError, RunError
+from ucc_search.errors import ConfigError, RunError
 from ucc_search.interfaces import ComponentRef
 from ucc_search.ladder import climbing, levels
 from ucc_search.live import status_text
-from ucc_search.plan import CompressionPlan
 from ucc_search.plugins import Plugins
 from ucc_search.proposer import Proposer
 from ucc_search.runner import Interrupted, exit_code, search
 from ucc_search.runs import Run
-from ucc_search.saving import load_model
 from ucc_search.schedule import Scheduler
-from ucc_search.scoring import score_units
 from ucc_search.shapes import model_shape
 from ucc_search.space import SearchSpace
 from ucc_search.status import run_status
@@ -48,16 +44,11 @@ CONFIG = tiny_config(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UCC_SEARCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("UCC_SEARCH_PLUGINS", raising=False)
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
-def finished(_cache, tmp_path_factory) -> Run:
+def finished(own_cache, tmp_path_factory) -> Run:
     """A run that nothing disturbed; read, never written."""
     return search(CONFIG, out=tmp_path_factory.mktemp("runs") / "undisturbed")
 
@@ -75,11 +66,6 @@ def outcome_of(row: TrialRow) -> tuple:
 
 def first_rung(run: Run) -> list[TrialRow]:
     return [r for r in run.rows if r.origin == "search" and r.parent is None]
-
-
-def saved_plan(run: Run, row: TrialRow) -> CompressionPlan:
-    text = (run.path / "trials" / str(row.id) / "plan.json").read_text(encoding="utf-8")
-    return CompressionPlan.from_json(text)
 
 
 # Rows
@@ -183,7 +169,7 @@ def test_the_study_on_disk_holds_the_points_that_were_measured(finished):
 
 
 def test_a_point_that_was_measured_is_not_measured_again(tmp_path, monkeypatch):
-    """Trials are few; the stub proposes each point twice in a row."""
+    """Trials are few; here each point is proposed twice in a row."""
     fresh, repeated = Proposer.propose, {}
 
     def propose(self):
@@ -485,237 +471,3 @@ def test_keep_ratios_are_annealed_down_to_the_plan(tmp_path, monkeypatch):
         assert list(block) == sorted(block, reverse=True)
     assert steps[4:] == [plan] * 4
     assert set(final) == {plan}
-
-
-# Failures
-
-FAILING = """
-import torch
-from ucc_search import Distiller, Scorer, hookimpl
-
-
-class Raises(Scorer):
-    def score(self, view):
-        raise RuntimeError("boom")
-
-
-class Nan(Scorer):
-    def score(self, view):
-        return view.patches_BND.sum(-1) * float("nan")
-
-
-class NanLoss(Distiller):
-    def losses(self, student, teacher, progress):
-        return {"bad": student.logits_BC.sum() * float("nan")}
-
-
-@hookimpl
-def ucc_scorers():
-    return {"raises": Raises, "nan": Nan}
-
-
-@hookimpl
-def ucc_distillers():
-    return {"nan_loss": NanLoss}
-"""
-
-
-def test_a_failing_candidate_is_a_row_and_the_run_goes_on(tmp_path):
-    plugin = tmp_path / "failing.py"
-    plugin.write_text(FAILING, encoding="utf-8")
-    config = tiny_config(
-        plugins=[str(plugin)],
-        budget={"macs": "50%"},
-        space={"scorer": "class_attention"},
-        search={"trials": 1},
-        baselines=[
-            {"name": "raises", "scorer": "raises"},
-            {"name": "nan", "scorer": "nan", "aggregator": "fuse"},
-            {"name": "nan-drop", "scorer": "nan", "aggregator": "drop"},
-            {"name": "nan-loss", "distiller": "nan_loss"},
-        ],
-    )
-    run = search(config, out=tmp_path / "run")
-    failed = {(r.method, r.rung): r for r in run.rows if r.state == "failed"}
-    assert {k: r.failure for k, r in failed.items()} == {
-        ("raises", "zero-shot"): "error",
-        ("raises", "train"): "error",
-        ("nan", "zero-shot"): "not_finite",
-        ("nan", "train"): "nan_loss",
-        ("nan-drop", "zero-shot"): "not_finite",
-        ("nan-drop", "train"): "not_finite",
-        ("nan-loss", "train"): "nan_loss",
-    }
-    assert failed["raises", "train"].error == "RuntimeError: boom"
-    assert all(r.kl is None and r.accuracy is None for r in failed.values())
-    good = {(r.method, r.rung) for r in run.rows if r.state == "ok"}
-    assert {("search", "zero-shot"), ("search", "train"), ("nan-loss", "zero-shot")} <= good
-    assert not {"raises", "nan"} & set(run.pareto()["method"])
-
-
-# Ray Tune
-
-TELLS = """
-import os
-import sys
-from pathlib import Path
-from ucc_search import Distiller, hookimpl
-
-
-def tell(name, what):
-    with open(Path(__file__).with_name(name), "a") as file:
-        file.write(f"{what}\\n")
-
-
-tell("processes", os.getpid())
-
-
-class Tells(Distiller):
-    def losses(self, student, teacher, progress):
-        tell("training", f"{os.getpid()} {'deepspeed' in sys.modules}")
-        return {}
-
-
-@hookimpl
-def ucc_distillers():
-    return {"tells": Tells}
-"""
-
-
-def test_ray_tune_and_deepspeed_carry_out_a_run_on_warm_workers(tmp_path):
-    """A worker that starts anew for every trial pays seconds of imports for milliseconds of work."""
-    plugin = tmp_path / "tells.py"
-    plugin.write_text(TELLS, encoding="utf-8")
-    config = tiny_config(
-        plugins=[str(plugin)],
-        budget={"macs": "50%"},
-        space={"distiller": "tells"},
-        search={"trials": 2, "executor": "ray", "concurrency": 1},
-        train={"engine": "deepspeed", "steps": 2},
-    )
-    run = search(config, out=tmp_path / "run")
-    assert [(r.origin, r.rung, r.state) for r in run.rows] == [
-        ("search", "zero-shot", "ok"),
-        ("search", "zero-shot", "ok"),
-        ("dense", "train", "ok"),
-        ("search", "train", "ok"),
-    ], [r.error for r in run.rows]
-    loads = (tmp_path / "processes").read_text(encoding="utf-8").split()
-    # This process loads it once or, where it has not yet seen data and model of this configuration, twice.
-    workers = [process for process in loads if process != str(os.getpid())]
-    assert len(workers) == 1, "one process measured every trial"
-    training = (tmp_path / "training").read_text(encoding="utf-8").splitlines()
-    assert training == [f"{workers[0]} True"] * 2, "both steps by DeepSpeed, in that process"
-    assert not (run.path / "ray").exists()
-
-
-# Widths and depth
-
-
-WIDTHS = {"attention": {"low": 0.5}, "mlp": {"low": 0.25}, "embed": {"low": 0.5}, "depth": {"low": 0.5}}
-UNIFORM = {
-    "name": "uniform",
-    "cascade": "keep_all",
-    "widths": {"attention": {"low": 0.25}, "mlp": {"low": 0.25}},
-}
-
-
-def test_tokens_and_widths_are_searched_under_one_budget(tmp_path):
-    config = tiny_config(
-        budget={"macs": ["50%"]},
-        data={"proxy": 40},
-        space={"widths": WIDTHS, "importance": ["fisher", "random"]},
-        search={"trials": 8, "promote": 1},
-        baselines=[UNIFORM, {**UNIFORM, "name": "scratch", "weights": "random"}],
-    )
-    run = search(config, out=tmp_path / "run")
-    assert [r.error for r in run.rows if r.state != "ok"] == []
-    assert pareto_front(run.rows)
-    searched = [r for r in run.rows if r.origin == "search"]
-    assert all(r.feasible and r.macs <= r.limit_macs for r in searched)
-    assert any(r.saved_tokens and r.saved_widths for r in searched), "no trial mixed the methods"
-    for row in searched:
-        parts = [row.saved_tokens, row.saved_widths, row.saved_depth, row.saved_ranks, row.saved_unread]
-        assert sum(parts) == pytest.approx(1 - row.macs_ratio, abs=1e-9)
-    uniform = next(r for r in run.rows if r.method == "uniform")
-    assert uniform.importance == "fisher" and uniform.saved_tokens == 0.0
-
-
-def test_a_pyramid_is_searched_by_its_widths(tmp_path):
-    args = {"embed_dims": [8, 8, 16, 16], "num_heads": [1, 2, 2, 4], "depths": [2, 1, 1, 1]}
-    config = tiny_config(
-        model={"name": "pvt_v2_b0", "args": args, "checkpoint": "auto"},
-        data={"image_size": 32, "proxy": 20},
-        budget={"macs": ["60%"]},
-        space={"cascade": "keep_all", "widths": WIDTHS, "distiller": "features", "keep_ratio": {"low": 0.2}},
-        search={"trials": 2, "promote": 1},
-        teacher={"engine": "torch", "steps": 2, "batch_size": 32},
-    )
-    run = search(config, out=tmp_path / "run")
-    trained = [r for r in run.rows if r.rung == "train" and r.origin == "search"]
-    assert trained and all(r.state == "ok" and r.saved_widths for r in trained)
-    model = load_model(run.path / "trials" / str(trained[0].id))
-    assert sum(p.numel() for p in model.parameters()) == trained[0].params
-
-
-def test_fixed_methods_alone_need_no_search(tmp_path):
-    half = {"name": "half", "cascade": "keep_all", "importance": "magnitude", "widths": {"mlp": 0.5}}
-    config = tiny_config(
-        budget={"macs": ["90%"]},
-        search={"trials": 0, "fidelity": "train"},
-        baselines=[half],
-    )
-    run = search(config, out=tmp_path / "run")
-    assert Counter(r.method for r in run.rows) == {"half": 1, "dense": 1}
-    plan = saved_plan(run, run.rows[0])
-    assert [b.mlp_hidden for b in plan.blocks] == [b.mlp_hidden // 2 for b in plan.shape.blocks]
-
-
-def test_scores_are_measured_once_and_shown(tmp_path, monkeypatch):
-    config = tiny_config(data={"proxy": 20}, space={"widths": {"mlp": {"low": 0.5}}, "importance": "kl"})
-    found = score_units(config, Plugins.load())
-    (groups,) = found.values()
-    assert set(groups) == {f"mlp {i}" for i in range(4)}
-    assert all(g["max"] >= g["median"] >= g["min"] for g in groups.values())
-    monkeypatch.setattr(workbench, "_benches", {})
-    monkeypatch.setattr(importances.KL, "score", lambda *_: pytest.fail("measured again"))
-    assert score_units(config, Plugins.load()) == found
-
-
-def test_heads_that_cannot_be_fused_are_refused_before_the_run(tmp_path):
-    args = tiny_config().model.args
-    config = tiny_config(
-        model={"args": {**args, "qk_norm": True}}, space={"widths": {"heads": {"low": 0.5}}}, teacher=None
-    )
-    with pytest.raises(ConfigError, match=r"cannot be fused.*fewer_heads: remove"):
-        search(config, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_plan_without_any_block_is_refused():
-    plan = CompressionPlan.identity(small_shape())
-    with pytest.raises(PlanError, match="leaves no block of small, expected one at least"):
-        plan.replace(attention=False, mlp=False)
-
-
-def test_a_criterion_that_fails_leaves_no_run_behind(tmp_path):
-    plugin = tmp_path / "wrong.py"
-    plugin.write_text(
-        "import torch\n"
-        "from ucc_search import Importance, hookimpl\n"
-        "class Wrong(Importance):\n"
-        "    def score(self, probe, group):\n"
-        "        return torch.ones(3)\n"
-        "@hookimpl\n"
-        "def ucc_importances():\n"
-        "    return {'wrong': Wrong}\n",
-        encoding="utf-8",
-    )
-    config = tiny_config(
-        data={"proxy": 20},
-        space={"widths": {"mlp": {"low": 0.5}}, "importance": "wrong"},
-        plugins=[str(plugin)],
-    )
-    with pytest.raises(PluginError, match=r"Wrong gave mlp\[0\] scores of shape \(3,\), expected \(32,\)"):
-        search(config, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
