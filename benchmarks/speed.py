@@ -35,20 +35,26 @@ OUT = ROOT / "results" / "speed.json"
 MODEL = "deit_small_patch16_224"
 DEFAULT = "UCC, three stages"
 STAGED = {"name": "staged", "gamma": 0}
-PUBLISHED = {**STAGED, "blocks": [3, 6, 9]}  # of EViT and TPS
+PUBLISHED = {"name": "staged", "blocks": [3, 6, 9]}  # of EViT and TPS
 METHODS: dict[str, tuple[str, str, Any, Any, Any]] = {
     # kind, plugin folder, scorer, aggregator, cascade
     DEFAULT: ("UCC", "", "joint", "host", "staged"),
-    "UCC, blocks 3, 6, 9": ("UCC", "", "joint", "host", {"name": "staged", "blocks": [3, 6, 9]}),
+    "UCC, blocks 3, 6, 9": ("UCC", "", "joint", "host", PUBLISHED),
     "UCC, every block": ("UCC", "", "joint", "host", "per_block"),
     "top-k, three stages": ("built-in", "", "class_attention", "drop", STAGED),
     "fuse, three stages": ("built-in", "", "class_attention", "fuse", STAGED),
     "bipartite, constant": ("built-in", "", "random", "bipartite", "constant"),
     "ToMe": ("peer", "ucc-plugin-tome", "random", "tome", "tome"),
     "EViT": ("peer", "ucc-plugin-evit", "evit", "evit", "evit"),
-    "eTPS": ("peer", "ucc-plugin-prune-merge", "class_attention", "tps", PUBLISHED),
+    "eTPS": ("peer", "ucc-plugin-prune-merge", "class_attention", "tps", {**PUBLISHED, "gamma": 0}),
     "DiffRate": ("peer", "ucc-plugin-prune-merge", "class_attention", "diffrate", "geometric"),
-    "Zero-TPrune": ("peer", "ucc-plugin-zero-tprune", "zero_tprune", "zero_tprune", PUBLISHED),
+    "Zero-TPrune": (
+        "peer",
+        "ucc-plugin-zero-tprune",
+        "zero_tprune",
+        "zero_tprune",
+        {**PUBLISHED, "gamma": 0},
+    ),
 }
 MARKS = ("<!-- speed.json: begin -->", "<!-- speed.json: end -->")
 

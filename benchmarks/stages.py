@@ -1,10 +1,11 @@
 """Where three stages should be: zero-shot KL of UCC with every choice of three blocks, at equal MACs.
 
-One call measures one depth of the teacher of a space file (6 is the shipped one; others are trained first, as the
-file's `teacher` says) and puts it beside the others:
+One call measures one teacher and puts it beside the others: the shipped one of six blocks, or one of another depth,
+or of embedded patches, that is trained first, as the space file's `teacher` says, for fewer epochs:
 
     python benchmarks/stages.py
     python benchmarks/stages.py --depth 12 --epochs 4
+    python benchmarks/stages.py --depth 12 --epochs 3 --patches
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from ucc_search.config import Baseline, load_config
 from ucc_search.errors import BudgetError
+from ucc_search.interfaces import INFERENCE_KINDS
 from ucc_search.plugins import Plugins
 from ucc_search.schedule import Scheduler, candidate_of
 from ucc_search.workbench import Workbench
@@ -45,7 +47,7 @@ def measure(depth: int, patches: bool, epochs: int, images: int, budgets: tuple[
 
     def kl(cascade: Any, budget: Any) -> float:
         candidate = candidate_of(Baseline(name="x", cascade=cascade, **PARTS))
-        parts = plugins.components(*(candidate.components[k] for k in ("scorer", "aggregator", "cascade")))
+        parts = plugins.components(*(candidate.components[k] for k in INFERENCE_KINDS))
         model = bench.compressed(scheduler.plan(candidate, budget), parts, candidate.components["importance"])
         return round(bench.zero_shot(model).kl, 6)
 

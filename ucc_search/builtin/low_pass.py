@@ -56,7 +56,10 @@ class LowPass(nn.Module):
             self.register_buffer("odd", ((gain - mirrored) / 2)[..., :half, None].float(), persistent=False)
 
     def forward(self, values_BNX: Tensor) -> Iterator[Tensor]:
-        """size_BnX of successive places, each in the memory of the last; values float32, N the product of the lengths."""
+        """size_BnX of successive places; values float32, N the product of the lengths.
+
+        Read each before the next: they may share memory.
+        """
         images, places, width = values_BNX.shape
         if self.reach:
             tracing = torch.compiler.is_compiling()
@@ -182,7 +185,7 @@ def low_pass_gain(length: int, kappa: float) -> Tensor:
 
 
 def _sum_of_sizes(values_BNX: Tensor) -> Tensor:
-    """Sum of the absolute values of each image; on a CPU a few places at a time, in memory that is used again."""
+    """Sum of the absolute values of each image, a few places at a time, in memory that is used again."""
     if torch.compiler.is_compiling():
         return values_BNX.abs().sum(dim=(1, 2))
     batch, places, width = values_BNX.shape

@@ -109,10 +109,9 @@ class CompressedAttention(nn.Module):
             return mixed, attn.mean(dim=2), attn[:, :, 0]
         mixed_BQHV = v_BHTV.new_empty(batch, queries, heads, width)  # as the projection reads it
         received, class_row = (v_BHTV.new_empty(batch, heads, keys) for _ in range(2))
-        mean_X1Q = q_BHQK.new_full((slices[0].stop * heads, 1, queries), 1 / queries)
-        memory = q_BHQK.new_empty(
-            slices[0].stop * heads, queries, keys
-        )  # the last slice may have fewer images
+        most = slices[0].stop * heads  # the last slice may have fewer images
+        mean_X1Q = q_BHQK.new_full((most, 1, queries), 1 / queries)
+        memory = q_BHQK.new_empty(most, queries, keys)
         for s in slices:
             q, k, v = (t[s].flatten(0, 1) for t in (q_BHQK, k_BHTK, v_BHTV))
             attn, mean = memory[: q.shape[0]], mean_X1Q[: q.shape[0]]
